@@ -1,0 +1,503 @@
+//! The host's side of the conversation with the guest agent, the same for every backend.
+//!
+//! A backend carries bytes and stops the guest; this file knows what they mean. It holds the
+//! requests that wait for the guest, answers its calls, and turns reports into results.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use serde_json::{Value as Json, json};
+
+use crate::capture::Capture;
+use crate::environment::{
+    EnvironmentOptions, Exception, Execution, LmCall, Outcome, Profile, Tool, ToolArgs, ToolError,
+    ToolResult, Variable,
+};
+use crate::error::{Error, Result};
+use crate::limits::{Limit, Limits, Usage};
+use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
+use crate::protocol::{
+    CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_value,
+};
+use crate::value::Value;
+
+/// Characters kept of a `repr` in a report of variables.
+const REPR_CHARS: usize = 500;
+/// Characters kept of the value of a cell's last expression.
+const VALUE_CHARS: usize = 65_536;
+/// Variables that one report may list; the agent stops earlier.
+const VARIABLES_MAX: usize = 1_000;
+/// Characters that OpenEnv keeps of each stream.
+const OPENENV_OUTPUT_CHARS: usize = 8_192;
+
+/// Names that belong to the profiles; neither variables nor tools may take them.
+pub(crate) const RESERVED_NAMES: &[&str] = &[
+    "FINAL", "FINAL_VAR", "SHOW_VARS", "answer", "context", "history", "llm_batch", "llm_query",
+    "llm_query_batched", "rlm_query", "rlm_query_batched",
+];
+
+/// The source line of one turn of an installed agent.
+pub(crate) const TURN: &str = "__kaa_turn__()";
+/// The script that installs the agent into a guest that has none.
+pub(crate) const BOOTSTRAP: &str = include_str!("../guest/bootstrap.py");
+
+/// The agent's modules in the order of their installation.
+pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
+    macro_rules! sources {
+        ($($name:literal),+ $(,)?) => {
+            [$(($name, include_str!(concat!("../guest/", $name, ".py")))),+]
+        };
+    }
+    sources![
+        "values", "streams", "imports", "calls", "cells", "namespace", "profiles", "repairs",
+        "pools", "locks", "threads", "loop", "agent", "__init__",
+    ]
+}
+
+/// What the guest's call needs before it can be answered.
+pub(crate) enum Answer {
+    /// Nothing.
+    Now(Message),
+    /// Something outside. The future owns what it needs, so that it can be dropped at any time.
+    Later(Pin<Box<dyn Future<Output = Done> + Send>>),
+}
+
+/// What came from outside.
+pub(crate) enum Done {
+    Lm { requests: Vec<LmRequest>, results: Vec<Result<LmCompletion, LmError>> },
+    Tool(ToolResult),
+}
+
+/// What a cell has called so far.
+#[derive(Default)]
+struct Calls {
+    lm: u32,
+    tools: u32,
+    completions: Vec<LmCall>,
+}
+
+/// The host's side of one session.
+pub(crate) struct Conversation {
+    profile: Profile,
+    output_chars: Option<usize>,
+    lm: Option<Arc<dyn LmHandler>>,
+    depth: i32,
+    tools: BTreeMap<String, Tool>,
+    limits: Limits,
+    calls: Calls,
+    requests: VecDeque<Message>,
+    replies: Vec<Message>,
+    stop: Option<Limit>,
+    cells: u64,
+    configured: Message,
+    /// What the guest has to be told before the next request: again, if its turn is undone.
+    untold: Vec<Message>,
+    sources: Option<Message>,
+}
+
+impl Conversation {
+    /// The start of a session: the guest is told its profile, seed and tools before anything else.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a tool whose name can't be used.
+    pub(crate) fn new(options: &EnvironmentOptions, seed: [u8; 16]) -> Result<Self> {
+        let seed: String = seed.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut configure = json!({
+            "op": "configure", "profile": options.profile.name(), "seed": seed,
+            "value_chars": VALUE_CHARS, "repr_chars": REPR_CHARS, "lm": options.lm.is_some(),
+        });
+        if let Some(allowed) = &options.policy.allowed_imports {
+            configure["allowed_imports"] = json!(allowed);
+        }
+        let mut conversation = Self {
+            profile: options.profile,
+            output_chars: match options.profile {
+                Profile::Rlm => options.output_chars,
+                Profile::OpenEnv => Some(options.output_chars.unwrap_or(OPENENV_OUTPUT_CHARS)),
+            },
+            lm: options.lm.clone(),
+            depth: i32::from(options.depth) + 1,
+            tools: BTreeMap::new(),
+            limits: options.limits.clone(),
+            calls: Calls::default(),
+            requests: VecDeque::new(),
+            replies: Vec::new(),
+            stop: None,
+            cells: 0,
+            configured: Message::new(configure),
+            untold: Vec::new(),
+            sources: None,
+        };
+        conversation.untold.push(conversation.configured.clone());
+        for tool in &options.tools {
+            conversation.add_tool(tool.clone())?;
+        }
+        Ok(conversation)
+    }
+
+    /// Begins anew for a guest that knows nothing: the next turn configures it again.
+    pub(crate) fn restart(&mut self) {
+        self.abandon();
+        self.cells = 0;
+        self.untold = vec![self.configured.clone()];
+        if !self.tools.is_empty() {
+            self.announce_tools();
+        }
+    }
+
+    /// Makes a tool callable.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when its name is no identifier or reserved.
+    pub(crate) fn add_tool(&mut self, tool: Tool) -> Result<()> {
+        check_tool(&tool)?;
+        self.tools.insert(tool.name().to_owned(), tool);
+        self.announce_tools();
+        Ok(())
+    }
+
+    fn announce_tools(&mut self) {
+        self.untold.retain(|request| request.text("op") != Some("tools"));
+        let tools: Vec<Json> = self.tools.keys().map(|name| json!({ "name": name })).collect();
+        self.untold.push(Message::new(json!({ "op": "tools", "tools": tools })));
+    }
+
+    /// Lets a guest that has no agent ask for its sources.
+    pub(crate) fn offer_sources(&mut self, sources: [(&str, &str); 14]) {
+        let mut message = Message::default();
+        let mut list = Vec::new();
+        for (name, source) in sources {
+            list.push(json!([name, message.body.len(), source.len()]));
+            message.body.extend_from_slice(source.as_bytes());
+        }
+        message.header.insert("sources".into(), list.into());
+        self.sources = Some(message);
+    }
+
+    /// Starts a turn: queues what the guest has to be told and then `request`, and forgets what the
+    /// last turn left.
+    pub(crate) fn begin(&mut self, request: Option<Message>, limits: &Limits) {
+        self.abandon();
+        self.limits = limits.clone();
+        self.calls = Calls::default();
+        self.stop = None;
+        if let Some(request) = request {
+            self.requests.extend(self.untold.iter().cloned());
+            self.requests.push_back(request);
+        }
+    }
+
+    /// The request for a cell of this code.
+    pub(crate) fn cell(&mut self, code: &str) -> Message {
+        self.cells += 1;
+        let mut message = Message::new(json!({ "op": "exec", "cell": self.cells }));
+        message.body = code.as_bytes().to_vec();
+        message
+    }
+
+    /// Notes why the guest is being stopped; the agent asks when it gets the signal.
+    pub(crate) fn stop(&mut self, limit: Limit) {
+        self.stop = Some(limit);
+    }
+
+    /// Answers what the guest said.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] for what no agent says.
+    pub(crate) fn answer(&mut self, message: Message) -> Result<Answer> {
+        match message.text("op") {
+            Some("next") => Ok(Answer::Now(self.requests.pop_front().unwrap_or_default())),
+            Some("done") => {
+                self.replies.push(message);
+                Ok(Answer::Now(self.requests.pop_front().unwrap_or_default()))
+            }
+            Some("why") => Ok(Answer::Now(self.why())),
+            Some("lm") => self.call_lm(message),
+            Some("tool") => self.call_tool(message),
+            Some("sources") if self.sources.is_some() => {
+                Ok(Answer::Now(self.sources.take().unwrap_or_default()))
+            }
+            other => Err(Error::protocol(format!("unknown operation {other:?}"))),
+        }
+    }
+
+    /// Turns what came from outside into the answer that the guest waits for.
+    pub(crate) fn finish(&mut self, done: Done) -> Message {
+        match done {
+            Done::Tool(Ok(value)) => {
+                let mut message = Message::default();
+                message.put("value", &value);
+                message
+            }
+            Done::Tool(Err(ToolError { type_name, message })) => {
+                Message::new(json!({ "error": message, "type": type_name }))
+            }
+            Done::Lm { requests, results } => self.finish_lm(requests, results),
+        }
+    }
+
+    /// The agent's reply to the request of this turn, which is the last one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] when the turn ended without one, [`Error::Invalid`] with the agent's own
+    /// words when it refused the request.
+    pub(crate) fn take_reply(&mut self) -> Result<Message> {
+        let replies = std::mem::take(&mut self.replies);
+        if !self.requests.is_empty() || replies.is_empty() {
+            return Err(Error::protocol("the agent ended its turn before it replied to everything"));
+        }
+        self.untold.clear();
+        if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
+            let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
+            return Err(Error::invalid(what, reason));
+        }
+        Ok(replies.into_iter().next_back().expect("there is one"))
+    }
+
+    /// Gives up on this turn: nothing of it must reach the next.
+    pub(crate) fn abandon(&mut self) {
+        self.requests.clear();
+        self.replies.clear();
+    }
+
+    fn why(&self) -> Message {
+        let Some(limit) = self.stop else { return Message::new(json!({ "limit": null })) };
+        let message = match limit {
+            Limit::Fuel => format!("the cell used up its {} units of fuel", self.limits.fuel),
+            Limit::Compute => {
+                format!("the cell computed for more than {:?}", self.limits.compute)
+            }
+            Limit::Wall => format!("the cell took longer than {:?}", self.limits.wall),
+            Limit::Interrupt => "interrupted".to_owned(),
+        };
+        Message::new(json!({ "limit": limit.name(), "message": message }))
+    }
+
+    fn call_lm(&mut self, message: Message) -> Result<Answer> {
+        let (call, body) = message.parse::<LmCallMessage>()?;
+        let count = u32::try_from(call.prompts.len()).unwrap_or(u32::MAX);
+        let refuse = |text: String| {
+            let results = (0..count).map(|_| Err(LmError::new(text.clone()))).collect();
+            Done::Lm { requests: Vec::new(), results }
+        };
+        let Some(handler) = self.lm.clone() else {
+            let done = refuse("No LM handler configured".into());
+            return Ok(Answer::Now(self.finish(done)));
+        };
+        let spent = self.calls.lm;
+        if spent.saturating_add(count) > self.limits.lm_calls {
+            let done = refuse(format!(
+                "LM call limit exceeded: {spent} + {count} > {}",
+                self.limits.lm_calls
+            ));
+            return Ok(Answer::Now(self.finish(done)));
+        }
+        self.calls.lm += count;
+        let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
+        let mut requests = Vec::with_capacity(call.prompts.len());
+        for prompt in call.prompts {
+            let prompt = prompt_of(decode_value(prompt, &body)?)?;
+            requests.push(LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth });
+        }
+        let concurrency = self.limits.lm_concurrency as usize;
+        Ok(Answer::Later(Box::pin(async move {
+            let asked = requests.clone();
+            let results = match (call.batched, asked.len()) {
+                (false, 1) => {
+                    let request = asked.into_iter().next().expect("there is one");
+                    vec![handler.complete(request).await]
+                }
+                _ => handler.complete_batch(asked, concurrency).await,
+            };
+            Done::Lm { requests, results }
+        })))
+    }
+
+    fn finish_lm(
+        &mut self,
+        requests: Vec<LmRequest>,
+        results: Vec<Result<LmCompletion, LmError>>,
+    ) -> Message {
+        if !requests.is_empty() && results.len() != requests.len() {
+            let text = format!("the LM handler gave {} answers to {} prompts", results.len(), requests.len());
+            return Message::new(json!({ "error": text }));
+        }
+        if self.profile == Profile::OpenEnv
+            && let Some(error) = results.iter().find_map(|result| result.as_ref().err())
+        {
+            return Message::new(json!({ "error": error.message }));
+        }
+        let mut requests = requests.into_iter();
+        let responses: Vec<Value> = results
+            .into_iter()
+            .map(|result| match (requests.next(), result) {
+                (Some(request), Ok(completion)) => {
+                    let response = Value::Str(completion.response.clone());
+                    self.calls.completions.push(LmCall { prompt: request.prompt, completion });
+                    response
+                }
+                (_, Err(error)) => Value::Str(format!("Error: {error}")),
+                (None, Ok(completion)) => Value::Str(completion.response),
+            })
+            .collect();
+        let mut message = Message::default();
+        message.put("responses", &Value::List(responses));
+        message
+    }
+
+    fn call_tool(&mut self, message: Message) -> Result<Answer> {
+        let (call, body) = message.parse::<ToolCallMessage>()?;
+        let refuse = |type_name: &str, text: String| {
+            Ok(Answer::Now(Message::new(json!({ "error": text, "type": type_name }))))
+        };
+        let Some(tool) = self.tools.get(&call.name) else {
+            return refuse("NameError", format!("there is no host tool named {:?}", call.name));
+        };
+        if self.calls.tools >= self.limits.tool_calls {
+            let text = format!("tool call limit exceeded: {} calls", self.limits.tool_calls);
+            return refuse("RuntimeError", text);
+        }
+        self.calls.tools += 1;
+        let mut args = ToolArgs::default();
+        for arg in call.args {
+            args.args.push(decode_value(arg, &body)?);
+        }
+        for (name, arg) in call.kwargs {
+            args.kwargs.push((name, decode_value(arg, &body)?));
+        }
+        let answer = tool.call(args);
+        Ok(Answer::Later(Box::pin(async move { Done::Tool(answer.await) })))
+    }
+
+    /// What the cell spent on calls, added to what the backend measured.
+    pub(crate) fn usage(&self, measured: Usage) -> Usage {
+        Usage { lm_calls: self.calls.lm, tool_calls: self.calls.tools, ..measured }
+    }
+
+    /// The result of a cell that ended by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Protocol`] when the report isn't one.
+    pub(crate) fn execution(
+        &mut self,
+        reply: Message,
+        streams: Streams,
+        usage: Usage,
+    ) -> Result<Execution> {
+        let (report, _) = reply.parse::<CellReport>()?;
+        let stopped = report.limit.is_some();
+        let outcome = match report.outcome.as_str() {
+            "completed" => Outcome::Completed,
+            "raised" if stopped && self.stop.is_some_and(|limit| limit != Limit::Interrupt) => {
+                Outcome::LimitReached
+            }
+            "raised" => Outcome::Raised,
+            "exited" => Outcome::Exited { code: report.exit_code.unwrap_or(0) as i32 },
+            other => return Err(Error::protocol(format!("unknown outcome `{other}`"))),
+        };
+        let exception = report.exception.map(|exception| Exception {
+            type_name: exception.type_name,
+            message: exception.message,
+            traceback: exception.traceback,
+        });
+        Ok(Execution {
+            outcome,
+            limit: self.stop,
+            exception,
+            value: report.value,
+            variables: variables(report.variables),
+            final_answer: report.final_answer,
+            ..self.stopped(outcome, streams, usage)
+        })
+    }
+
+    /// The result of a cell that the host had to end; it was rolled back.
+    pub(crate) fn stopped(&mut self, outcome: Outcome, streams: Streams, usage: Usage) -> Execution {
+        Execution {
+            outcome,
+            limit: self.stop,
+            rolled_back: false,
+            stdout: streams.stdout.into_output(self.output_chars),
+            stderr: streams.stderr.into_output(self.output_chars),
+            value: None,
+            exception: None,
+            variables: Vec::new(),
+            final_answer: None,
+            lm_calls: std::mem::take(&mut self.calls.completions),
+            usage: self.usage(usage),
+        }
+    }
+}
+
+/// Both streams of a cell.
+#[derive(Debug, Default)]
+pub(crate) struct Streams {
+    pub(crate) stdout: Capture,
+    pub(crate) stderr: Capture,
+}
+
+/// The variables of a report.
+pub(crate) fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
+    let variable = |report: VariableReport| Variable {
+        name: report.name,
+        type_name: report.type_name,
+        repr: report.repr,
+        new: report.new,
+    };
+    reports.into_iter().take(VARIABLES_MAX).map(variable).collect()
+}
+
+/// Whether a tool's name can be used.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] when it is no identifier or reserved.
+pub(crate) fn check_tool(tool: &Tool) -> Result<()> {
+    check_name("tool", tool.name())?;
+    if RESERVED_NAMES.contains(&tool.name()) {
+        // RLM's own sentence, so that its users recognize it.
+        return Err(Error::invalid(
+            "tools",
+            format!(
+                "Custom tools cannot override reserved REPL functions: ['{}']. \
+                 Reserved names: {RESERVED_NAMES:?}",
+                tool.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether `name` can be a Python variable. Identifiers beyond ASCII are left to the agent, which
+/// asks Python itself.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] naming `what` and the name.
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let mut chars = name.chars();
+    let starts = chars.next().is_some_and(|c| c.is_alphabetic() || c == '_');
+    if starts && chars.all(|c| c.is_alphanumeric() || c == '_') && name.len() <= 1_000 {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{what} name `{}`", name.escape_debug()), "it must be a Python identifier"))
+}
+
+fn prompt_of(value: Value) -> Result<Prompt> {
+    match value {
+        Value::Str(text) => Ok(Prompt::Text(text)),
+        Value::Wtf8(bytes) => Ok(Prompt::Text(String::from_utf8_lossy(&bytes).into_owned())),
+        messages @ (Value::List(_) | Value::Map(_)) => messages
+            .to_json()
+            .map(Prompt::Messages)
+            .ok_or_else(|| Error::protocol("a prompt with parts that JSON has no form for")),
+        _ => Err(Error::protocol("a prompt that is neither text nor messages")),
+    }
+}

@@ -1,0 +1,619 @@
+//! Images on disk: what they are named by, and the store that keeps them.
+//!
+//! ```text
+//! ROOT/                  0700, owned by the user
+//!   modules/KEY/         module.json, python.cwasm, memory.bin, lib/python315.zip
+//!   images/KEY/          image.json, memory.bin, site/
+//!   names/NAME           the key of the image that NAME stands for
+//!   scratch/             the sessions' scratch directories
+//!   empty/               what sessions see as `/`
+//!   tmp/                 entries that are being written
+//!   lock                 held by a process that builds
+//! ```
+//!
+//! A key is the SHA-256 of everything that an entry is made from, so that an entry with the right
+//! key is the right entry. Entries are written in `tmp`, flushed, and renamed into place: whoever
+//! sees one sees all of it. The manifest names every file with its size and hash; sizes, owner and
+//! mode are checked at every start, hashes when an entry is written and by
+//! [`Store::verify`], since reading 250 MB each time would cost more than everything else.
+//!
+//! **Whom this trusts.** An artifact is native code. Loading it is sound because only a process of
+//! the same user can have written it: every directory on the way is the user's own and closed to
+//! everyone else, and a file that isn't is refused. Whoever can write there can also replace the
+//! program. Version skew is caught by the key and by wasmtime's own header.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::error::{Error, Result};
+
+/// Version of the layout above and of the manifests. Another one is another entry.
+pub(crate) const FORMAT: u32 = 1;
+/// The name of the manifest in an image's directory.
+const IMAGE_MANIFEST: &str = "image.json";
+/// Manifests are small; a larger file isn't one.
+const MANIFEST_BYTES_MAX: u64 = 4 << 20;
+
+/// What happens while an image is built, for a display.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Progress {
+    /// A step begins: its name, and how much there is to do where that is known.
+    Begin {
+        /// What is being done, such as `compile`.
+        step: &'static str,
+        /// Bytes to work through.
+        bytes: Option<u64>,
+    },
+    /// So many bytes of the step are done, in all.
+    Advance {
+        /// Bytes since the step began.
+        bytes: u64,
+    },
+    /// The step is over.
+    End {
+        /// What came out of it, in words and sizes.
+        detail: String,
+        /// How long it took.
+        elapsed: Duration,
+    },
+}
+
+/// Receives [`Progress`].
+pub type ProgressFn<'a> = &'a (dyn Fn(Progress) + Sync);
+
+/// A file of an entry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileRecord {
+    pub(crate) path: String,
+    pub(crate) bytes: u64,
+    pub(crate) sha256: String,
+}
+
+/// A mutable global of the module, as a session starts with it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct GlobalRecord {
+    pub(crate) export: String,
+    #[serde(rename = "type")]
+    pub(crate) type_name: String,
+    pub(crate) bits: u64,
+}
+
+/// What an image is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageManifest {
+    pub(crate) format: u32,
+    /// The image's key: SHA-256 of all that it was made from.
+    pub key: String,
+    /// The name it was built under.
+    pub name: String,
+    /// The key of the compiled module that it runs on; images share it.
+    pub module: String,
+    /// The key of the image that it was built from.
+    pub parent: Option<String>,
+    /// Modules that are already imported.
+    pub imports: Vec<String>,
+    /// Python of the guest, such as `3.15.0`.
+    pub python: String,
+    /// Bytes of its memory.
+    pub memory_bytes: u64,
+    /// Whether it brings files of its own.
+    pub site: bool,
+    pub(crate) globals: Vec<GlobalRecord>,
+    /// Where in the memory a `.` stands: see `wasm/files.rs`.
+    pub(crate) dot: u32,
+    pub(crate) files: Vec<FileRecord>,
+}
+
+/// The directory of everything that Kaa keeps.
+#[derive(Debug, Clone)]
+pub struct Store {
+    root: PathBuf,
+}
+
+impl Store {
+    /// Opens the store at `root`, making it when it isn't there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when the directory belongs to somebody else or others may write to it,
+    /// [`Error::Io`] when it can't be made.
+    pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
+        let root = root.into();
+        if let Some(parent) = root.parent() {
+            fs::create_dir_all(parent)
+                .map_err(|e| Error::io(format!("making {}", parent.display()), e))?;
+        }
+        let store = Self { root };
+        store.make_private(&store.root)?;
+        for name in ["modules", "images", "names", "scratch", "empty", "tmp"] {
+            store.make_private(&store.root.join(name))?;
+        }
+        Ok(store)
+    }
+
+    /// The store's directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub(crate) fn scratch(&self) -> PathBuf {
+        self.root.join("scratch")
+    }
+
+    pub(crate) fn empty(&self) -> PathBuf {
+        self.root.join("empty")
+    }
+
+    pub(crate) fn module(&self, key: &str) -> PathBuf {
+        self.root.join("modules").join(key)
+    }
+
+    pub(crate) fn image(&self, key: &str) -> PathBuf {
+        self.root.join("images").join(key)
+    }
+
+    /// Makes a directory that only its owner can enter, or checks that it's one.
+    fn make_private(&self, path: &Path) -> Result<()> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => check_private(path, true).map(drop),
+            Err(e) => Err(Error::io(format!("making {}", path.display()), e)),
+        }
+    }
+
+    /// Waits until no other process builds, and keeps others from it until the guard is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the lock file can't be made or locked.
+    pub(crate) fn lock(&self) -> Result<StoreLock> {
+        let path = self.root.join("lock");
+        let context = || format!("locking {}", path.display());
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| Error::io(context(), e))?;
+        file.lock().map_err(|e| Error::io(context(), e))?;
+        Ok(StoreLock(file))
+    }
+
+    /// A directory for an entry that is being written; it is removed unless it is published.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when it can't be made.
+    pub(crate) fn draft(&self) -> Result<TempDir> {
+        let parent = self.root.join("tmp");
+        tempfile::Builder::new()
+            .prefix(&format!("{}-", std::process::id()))
+            .permissions(fs::Permissions::from_mode(0o700))
+            .tempdir_in(&parent)
+            .map_err(|e| Error::io(format!("making a directory in {}", parent.display()), e))
+    }
+
+    /// Puts a finished draft into its place, all at once. An entry that is there already is
+    /// replaced: it failed its checks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when it can't be flushed or renamed.
+    pub(crate) fn publish(&self, draft: TempDir, place: &Path) -> Result<()> {
+        let context = || format!("writing {}", place.display());
+        if place.exists() {
+            fs::remove_dir_all(place).map_err(|e| Error::io(context(), e))?;
+        }
+        sync_tree(draft.path()).map_err(|e| Error::io(context(), e))?;
+        fs::rename(draft.path(), place).map_err(|e| Error::io(context(), e))?;
+        // The rename took the directory away from its guard.
+        let _ = draft.keep();
+        let parent = place.parent().unwrap_or(&self.root);
+        File::open(parent).and_then(|dir| dir.sync_all()).map_err(|e| Error::io(context(), e))
+    }
+
+    /// The key that a name stands for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a name that can't be one.
+    pub fn resolve(&self, name: &str) -> Result<Option<String>> {
+        check_image_name(name)?;
+        match read_small(&self.root.join("names").join(name), 128) {
+            Ok(key) => Ok(Some(key.trim().to_owned()).filter(|key| is_key(key))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format!("reading the image name `{name}`"), e)),
+        }
+    }
+
+    /// Lets a name stand for a key.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a name that can't be one, [`Error::Io`] when it can't be written.
+    pub(crate) fn name(&self, name: &str, key: &str) -> Result<()> {
+        check_image_name(name)?;
+        let draft = self.draft()?;
+        let file = draft.path().join("name");
+        let place = self.root.join("names").join(name);
+        write_private(&file, key.as_bytes())
+            .and_then(|()| fs::rename(&file, &place))
+            .map_err(|e| Error::io(format!("writing {}", place.display()), e))
+    }
+
+    /// The images that have names, sorted by name. One that can't be read is an error in its place.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the store can't be read.
+    pub fn list(&self) -> Result<Vec<(String, Result<ImageManifest>)>> {
+        let path = self.root.join("names");
+        let entries =
+            fs::read_dir(&path).map_err(|e| Error::io(format!("reading {}", path.display()), e))?;
+        let mut names: Vec<String> =
+            entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        Ok(names.into_iter().map(|name| (name.clone(), self.manifest_by_name(&name))).collect())
+    }
+
+    /// The manifest of a named image, after the cheap checks.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when there is no such image, [`Error::Incompatible`] when it's damaged.
+    pub fn manifest_by_name(&self, name: &str) -> Result<ImageManifest> {
+        let key = self.resolve(name)?.ok_or_else(|| no_image(name))?;
+        self.manifest(&key)
+    }
+
+    /// The manifest of an image, after the cheap checks of all its files.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when something is missing, of another size, owner or mode.
+    pub(crate) fn manifest(&self, key: &str) -> Result<ImageManifest> {
+        let place = self.image(key);
+        let manifest: ImageManifest = read_manifest(&place.join(IMAGE_MANIFEST))?;
+        if manifest.format != FORMAT || manifest.key != key {
+            return Err(Error::Incompatible {
+                what: format!("the image {}", place.display()),
+                expected: format!("format {FORMAT} and key {key}"),
+                found: format!("format {} and key {}", manifest.format, manifest.key),
+            });
+        }
+        check_files(&place, &manifest.files)?;
+        Ok(manifest)
+    }
+
+    /// Writes an image's manifest into its draft.
+    pub(crate) fn write_manifest(draft: &Path, manifest: &ImageManifest) -> Result<()> {
+        write_json(&draft.join(IMAGE_MANIFEST), manifest)
+    }
+
+    /// Reads every byte of an image and of the module it runs on, and compares the hashes.
+    /// Returns the number of bytes read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] naming the first file that isn't what it was.
+    pub fn verify(&self, name: &str) -> Result<u64> {
+        let manifest = self.manifest_by_name(name)?;
+        let module = self.module(&manifest.module);
+        let module_files: ModuleFiles = read_manifest(&module.join("module.json"))?;
+        check_files(&module, &module_files.files)?;
+        let mut bytes = 0;
+        for (place, files) in
+            [(self.image(&manifest.key), &manifest.files), (module, &module_files.files)]
+        {
+            for record in files {
+                let path = place.join(&record.path);
+                let found = FileRecord::of(&place, &record.path)?;
+                if found != *record {
+                    return Err(Error::Incompatible {
+                        what: format!("the file {}", path.display()),
+                        expected: format!("sha256 {}", record.sha256),
+                        found: format!("sha256 {}; remove the image and build it again", found.sha256),
+                    });
+                }
+                bytes += record.bytes;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Removes a name, and the image when no other name or image needs it.
+    ///
+    /// Sessions that run from it go on: what they have mapped stays.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when there is no such image.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        let _lock = self.lock()?;
+        let key = self.resolve(name)?.ok_or_else(|| no_image(name))?;
+        let place = self.root.join("names").join(name);
+        fs::remove_file(&place)
+            .map_err(|e| Error::io(format!("removing {}", place.display()), e))?;
+        let needed = self.list()?.into_iter().any(|(_, manifest)| {
+            manifest.is_ok_and(|other| other.key == key || other.parent.as_ref() == Some(&key))
+        });
+        let image = self.image(&key);
+        if !needed && image.exists() {
+            fs::remove_dir_all(&image)
+                .map_err(|e| Error::io(format!("removing {}", image.display()), e))?;
+        }
+        Ok(())
+    }
+}
+
+/// The part of a module's manifest that the store reads.
+#[derive(Deserialize)]
+struct ModuleFiles {
+    files: Vec<FileRecord>,
+}
+
+/// Held while a process builds.
+#[derive(Debug)]
+pub(crate) struct StoreLock(#[expect(dead_code, reason = "closing the file releases the lock")] File);
+
+fn no_image(name: &str) -> Error {
+    Error::invalid(
+        format!("image `{name}`"),
+        "there is no such image; `kaa image list` shows those that there are, `kaa image build` makes one",
+    )
+}
+
+fn is_key(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Whether `name` can name an image: it becomes a file name.
+pub(crate) fn check_image_name(name: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if !name.is_empty() && name.len() <= 64 && !name.starts_with('.') && name.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!("image name `{}`", name.escape_debug()),
+        "use 1 to 64 letters, digits, `-`, `_` and `.`, not a `.` first",
+    ))
+}
+
+/// Checks that a file or directory is the user's own and closed to others.
+fn check_private(path: &Path, directory: bool) -> Result<fs::Metadata> {
+    let metadata = fs::symlink_metadata(path)
+        .map_err(|e| Error::io(format!("looking at {}", path.display()), e))?;
+    let refuse = |expected: &str, found: String| {
+        let (what, expected) = (path.display().to_string(), expected.to_owned());
+        Err(Error::Incompatible { what, expected, found })
+    };
+    if metadata.is_dir() != directory || metadata.is_symlink() {
+        return refuse(
+            if directory { "a directory" } else { "a regular file" },
+            format!("{:?}", metadata.file_type()),
+        );
+    }
+    let user = rustix::process::geteuid().as_raw();
+    if metadata.uid() != user {
+        return refuse(&format!("owner {user}"), format!("owner {}", metadata.uid()));
+    }
+    if metadata.mode() & 0o077 != 0 {
+        let found = format!("mode {:o}; close it with chmod go-rwx", metadata.mode() & 0o777);
+        return refuse("no access for others", found);
+    }
+    Ok(metadata)
+}
+
+/// The cheap checks of an entry's files: there, regular, private, of the recorded size.
+pub(crate) fn check_files(place: &Path, files: &[FileRecord]) -> Result<()> {
+    check_private(place, true)?;
+    for record in files {
+        let path = place.join(&record.path);
+        let metadata = check_private(&path, false)?;
+        if metadata.len() != record.bytes {
+            return Err(Error::Incompatible {
+                what: format!("the file {}", path.display()),
+                expected: format!("{} bytes", record.bytes),
+                found: format!("{} bytes", metadata.len()),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Reads a manifest after checking that it's private.
+pub(crate) fn read_manifest<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
+    check_private(path, false)?;
+    let text = read_small(path, MANIFEST_BYTES_MAX)
+        .map_err(|e| Error::io(format!("reading {}", path.display()), e))?;
+    serde_json::from_str(&text).map_err(|e| Error::Incompatible {
+        what: path.display().to_string(),
+        expected: format!("a manifest of format {FORMAT}"),
+        found: e.to_string(),
+    })
+}
+
+fn read_small(path: &Path, bytes_max: u64) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(bytes_max).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Writes a manifest that only its owner can read.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).expect("a manifest has only text keys");
+    write_private(path, &text).map_err(|e| Error::io(format!("writing {}", path.display()), e))
+}
+
+/// Writes a new file that only its owner can read.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    create_private(path)?.write_all(bytes)
+}
+
+/// A new file that only its owner can read.
+pub(crate) fn create_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(path)
+}
+
+impl FileRecord {
+    /// Reads and hashes a file of an entry.
+    pub(crate) fn of(place: &Path, path: &str) -> Result<Self> {
+        let full = place.join(path);
+        let context = || format!("reading {}", full.display());
+        let mut file = File::open(&full).map_err(|e| Error::io(context(), e))?;
+        let (sha256, bytes) = hash(&mut file, |_| {}).map_err(|e| Error::io(context(), e))?;
+        Ok(Self { path: path.to_owned(), bytes, sha256 })
+    }
+}
+
+/// SHA-256 in hexadecimal, and the number of bytes.
+pub(crate) fn hash(reader: &mut impl Read, advance: impl Fn(u64)) -> io::Result<(String, u64)> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let read = reader.read(&mut buffer)?;
+        if read == 0 {
+            return Ok((hex(&hasher.finalize()), bytes));
+        }
+        hasher.update(&buffer[..read]);
+        bytes += read as u64;
+        advance(bytes);
+    }
+}
+
+/// The key of an entry: SHA-256 over what it's made from, each part with its length.
+pub(crate) fn key<'part>(parts: impl IntoIterator<Item = &'part [u8]>) -> String {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    hex(&hasher.finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Flushes every file and directory below `path`.
+fn sync_tree(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        } else {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    File::open(path)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (TempDir, Store) {
+        let parent = tempfile::tempdir().unwrap();
+        let store = Store::open(parent.path().join("store")).unwrap();
+        (parent, store)
+    }
+
+    fn entry(store: &Store, name: &str) -> ImageManifest {
+        let draft = store.draft().unwrap();
+        write_private(&draft.path().join("memory.bin"), b"memory").unwrap();
+        let key = key([name.as_bytes()]);
+        let manifest = ImageManifest {
+            format: FORMAT,
+            key: key.clone(),
+            name: name.into(),
+            module: String::new(),
+            parent: None,
+            imports: vec![],
+            python: "3".into(),
+            memory_bytes: 6,
+            site: false,
+            globals: vec![],
+            dot: 0,
+            files: vec![FileRecord::of(draft.path(), "memory.bin").unwrap()],
+        };
+        Store::write_manifest(draft.path(), &manifest).unwrap();
+        store.publish(draft, &store.image(&key)).unwrap();
+        store.name(name, &key).unwrap();
+        manifest
+    }
+
+    #[test]
+    fn what_is_published_is_found_listed_and_removed() {
+        let (_parent, store) = store();
+        let manifest = entry(&store, "one");
+        assert_eq!(store.manifest_by_name("one").unwrap(), manifest);
+        assert_eq!(store.list().unwrap().len(), 1);
+        store.remove("one").unwrap();
+        assert!(!store.image(&manifest.key).exists());
+        assert!(matches!(store.manifest_by_name("one"), Err(Error::Invalid { .. })));
+        assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_damaged_or_open_entry_is_refused() {
+        type Damage = fn(&Path);
+        let cases: &[(&str, Damage)] = &[
+            ("truncated", |place| {
+                OpenOptions::new().write(true).open(place.join("memory.bin")).unwrap().set_len(3).unwrap();
+            }),
+            ("missing", |place| fs::remove_file(place.join("memory.bin")).unwrap()),
+            ("readable by others", |place| {
+                let mode = fs::Permissions::from_mode(0o644);
+                fs::set_permissions(place.join("memory.bin"), mode).unwrap();
+            }),
+            ("open directory", |place| {
+                fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
+            }),
+            ("a link", |place| {
+                fs::rename(place.join("memory.bin"), place.join("elsewhere")).unwrap();
+                std::os::unix::fs::symlink("elsewhere", place.join("memory.bin")).unwrap();
+            }),
+            ("older format", |place| {
+                let path = place.join(IMAGE_MANIFEST);
+                let text = fs::read_to_string(&path).unwrap().replace("\"format\": 1", "\"format\": 0");
+                fs::write(path, text).unwrap();
+            }),
+            ("garbage", |place| fs::write(place.join(IMAGE_MANIFEST), "{").unwrap()),
+        ];
+        for (what, damage) in cases {
+            let (_parent, store) = store();
+            let manifest = entry(&store, "one");
+            damage(&store.image(&manifest.key));
+            let error = store.manifest_by_name("one").unwrap_err();
+            assert!(matches!(error, Error::Incompatible { .. } | Error::Io { .. }), "{what}: {error}");
+        }
+    }
+
+    #[test]
+    fn names_that_would_be_paths_are_refused() {
+        let (_parent, store) = store();
+        for name in ["", "../x", "a/b", ".hidden", "a b", "\0"] {
+            assert!(matches!(store.resolve(name), Err(Error::Invalid { .. })), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_store_that_others_can_enter_is_refused() {
+        let parent = tempfile::tempdir().unwrap();
+        let root = parent.path().join("store");
+        fs::create_dir(&root).unwrap();
+        fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(matches!(Store::open(&root), Err(Error::Incompatible { .. })));
+    }
+}

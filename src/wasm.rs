@@ -1,0 +1,303 @@
+//! The Wasm backend: CPython compiled to WASI, in wasmtime.
+//!
+//! [`Runtime`] holds what is shared: the engine, the store of images, compiled code. An [`Image`] is
+//! the memory that sessions start from. A [`WasmEnvironment`] is one session: a private
+//! copy-on-write view of an image (see `memory.rs`), one instance of the compiled guest, and a
+//! checkpoint to go back to.
+
+mod boot;
+mod budget;
+mod dirty;
+mod engine;
+mod environment;
+mod fetch;
+mod files;
+mod guest;
+mod instrument;
+mod memory;
+mod meter;
+mod module;
+mod pins;
+mod recipe;
+mod session;
+mod wasi;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use wasmtime::{Engine, InstancePre, Linker};
+
+pub use self::dirty::{DirtyPages, dirty_pages_method};
+pub use self::environment::WasmEnvironment;
+pub use self::recipe::ImageSpec;
+use self::boot::Parent;
+use self::guest::Guest;
+use self::memory::MemoryImage;
+use self::module::CompiledGuest;
+use self::recipe::Recipe;
+use self::session::Start;
+use crate::error::{Error, Result};
+use crate::image::{ImageManifest, ProgressFn, Store};
+
+/// The rewriting of modules, for the tests that compare rewritten modules with their originals.
+#[doc(hidden)]
+pub mod rewrite {
+    pub use super::instrument::*;
+}
+
+/// What all sessions of a process share: engine, compiled guest, images.
+///
+/// Opening one is cheap; the first [`image`](Self::image) on a machine downloads and compiles for
+/// about two minutes, later ones map what is there.
+///
+/// ```no_run
+/// # async fn example() -> kaa::Result<()> {
+/// use kaa::{EnvironmentExt, EnvironmentOptions, Runtime, Store};
+///
+/// let runtime = Runtime::open(Store::open("/home/me/.cache/kaa")?)?;
+/// let image = runtime.image("base", &|_| {})?;
+/// let mut session = runtime.environment(&image, EnvironmentOptions::default())?;
+/// let cell = session.execute("print(1 + 1)").await?;
+/// assert_eq!(cell.stdout.text(), "2\n");
+/// # Ok(())
+/// # }
+/// ```
+pub struct Runtime {
+    store: Store,
+    engine: Engine,
+    linker: Linker<Guest>,
+    loaded: Mutex<Loaded>,
+}
+
+/// What was loaded already.
+#[derive(Default)]
+struct Loaded {
+    guest: Option<Arc<Guests>>,
+    images: HashMap<String, Image>,
+}
+
+/// The compiled guest with its imports resolved.
+struct Guests {
+    compiled: CompiledGuest,
+    pre: InstancePre<Guest>,
+}
+
+/// An image that sessions can be made from. Cheap to clone.
+#[derive(Clone)]
+pub struct Image(Arc<ImageInner>);
+
+struct ImageInner {
+    manifest: ImageManifest,
+    start: Arc<Start>,
+    guests: Arc<Guests>,
+}
+
+impl Image {
+    /// What the image is.
+    #[must_use]
+    pub fn manifest(&self) -> &ImageManifest {
+        &self.0.manifest
+    }
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Image").field(&self.0.manifest.name).finish()
+    }
+}
+
+impl std::fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runtime").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Runtime {
+    /// Starts the engine over a store. Scratch directories that dead processes left are removed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] when this machine can't run the engine.
+    pub fn open(store: Store) -> Result<Self> {
+        let engine = engine::engine()?;
+        let mut linker = Linker::new(&engine);
+        wasi::add_to_linker(&mut linker)
+            .and_then(|()| guest::add_to_linker(&mut linker))
+            .map_err(|e| Error::Internal(format!("defining the guest's imports: {e:#}")))?;
+        files::remove_leftovers(&store.scratch());
+        files::remove_leftovers(&store.root().join("tmp"));
+        Ok(Self { store, engine, linker, loaded: Mutex::default() })
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The image of this name: from memory, from the store, or, for the images that come with Kaa
+    /// (`base`, `sci`), made now. Blocks; on a machine's first use for minutes, otherwise for
+    /// about ten milliseconds once per process.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when there is no such image, [`Error::Unavailable`] when it has to be made
+    /// and the guest can't be downloaded.
+    pub fn image(&self, name: &str, progress: ProgressFn<'_>) -> Result<Image> {
+        self.image_from(name, None, progress)
+    }
+
+    /// As [`image`](Self::image), with the guest's wheel from a path if it has to be made.
+    ///
+    /// # Errors
+    ///
+    /// As [`image`](Self::image).
+    pub fn image_from(
+        &self,
+        name: &str,
+        wheel: Option<&Path>,
+        progress: ProgressFn<'_>,
+    ) -> Result<Image> {
+        let guests = self.guests(wheel, progress)?;
+        let Some(recipe) = Recipe::built_in(name) else {
+            let manifest = self.store.manifest_by_name(name)?;
+            return self.load(manifest, guests);
+        };
+        let parent = match &recipe.from {
+            Some(from) => Some(self.image_from(from, wheel, progress)?),
+            None => None,
+        };
+        let parent_manifest = parent.as_ref().map(Image::manifest);
+        let key = recipe.key(&guests.compiled.manifest.key, parent_manifest);
+        if let Ok(manifest) = self.store.manifest(&key) {
+            return self.load(manifest, guests);
+        }
+        let _lock = self.store.lock()?;
+        // Another process may have made it while this one waited.
+        let manifest = match self.store.manifest(&key) {
+            Ok(manifest) => manifest,
+            Err(_) => self.make(&recipe, parent.as_ref(), &guests, progress)?,
+        };
+        self.load(manifest, guests)
+    }
+
+    /// Makes a custom image.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] naming the part of the recipe that can't be used: a file that isn't pure
+    /// Python, an import that fails, setup code that raises (with its traceback).
+    pub fn build(&self, spec: &ImageSpec, progress: ProgressFn<'_>) -> Result<Image> {
+        let recipe = Recipe::read(spec)?;
+        let parent = self.image(&spec.from, progress)?;
+        let guests = self.guests(None, progress)?;
+        let key = recipe.key(&guests.compiled.manifest.key, Some(parent.manifest()));
+        let _lock = self.store.lock()?;
+        let manifest = match self.store.manifest(&key) {
+            Ok(manifest) => {
+                self.store.name(&spec.name, &key)?;
+                manifest
+            }
+            Err(_) => self.make(&recipe, Some(&parent), &guests, progress)?,
+        };
+        self.load(manifest, guests)
+    }
+
+    /// A new session.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for options out of range, [`Error::Io`] when the system has no more address
+    /// space, descriptors or disk for it.
+    pub fn environment(
+        &self,
+        image: &Image,
+        options: crate::environment::EnvironmentOptions,
+    ) -> Result<WasmEnvironment> {
+        WasmEnvironment::open(&self.store, image, options)
+    }
+
+    fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The compiled guest, made when the store has none.
+    fn guests(&self, wheel: Option<&Path>, progress: ProgressFn<'_>) -> Result<Arc<Guests>> {
+        if let Some(guests) = &self.loaded().guest {
+            return Ok(Arc::clone(guests));
+        }
+        let compiled = match module::load(&self.store, &self.engine) {
+            Ok(compiled) => compiled,
+            Err(_) => {
+                let _lock = self.store.lock()?;
+                match module::load(&self.store, &self.engine) {
+                    Ok(compiled) => compiled,
+                    Err(_) => {
+                        module::build(&self.store, &self.engine, wheel, progress)?;
+                        module::load(&self.store, &self.engine)?
+                    }
+                }
+            }
+        };
+        let pre = self
+            .linker
+            .instantiate_pre(&compiled.module)
+            .map_err(|e| Error::Internal(format!("linking the guest: {e:#}")))?;
+        let guests = Arc::new(Guests { compiled, pre });
+        self.loaded().guest = Some(Arc::clone(&guests));
+        Ok(guests)
+    }
+
+    fn make(
+        &self,
+        recipe: &Recipe,
+        parent: Option<&Image>,
+        guests: &Arc<Guests>,
+        progress: ProgressFn<'_>,
+    ) -> Result<ImageManifest> {
+        let parent = match parent {
+            Some(parent) => Parent {
+                start: Arc::clone(&parent.0.start),
+                manifest: Some(parent.manifest().clone()),
+            },
+            None => {
+                let manifest = &guests.compiled.manifest;
+                let memory = guests.compiled.memory()?;
+                let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
+                let start = Start {
+                    engine: self.engine.clone(),
+                    module: guests.pre.clone(),
+                    memory,
+                    globals: manifest.globals.clone(),
+                };
+                Parent { start: Arc::new(start), manifest: None }
+            }
+        };
+        boot::build(&self.store, &guests.compiled, &parent, recipe, progress)
+    }
+
+    fn load(&self, manifest: ImageManifest, guests: Arc<Guests>) -> Result<Image> {
+        if let Some(image) = self.loaded().images.get(&manifest.key) {
+            return Ok(image.clone());
+        }
+        if manifest.module != guests.compiled.manifest.key {
+            return Err(Error::Incompatible {
+                what: format!("the image `{}`", manifest.name),
+                expected: "an image of this version of Kaa on this machine".into(),
+                found: "one of another; build it again with `kaa image build`".into(),
+            });
+        }
+        let memory = boot::open_memory(&self.store.image(&manifest.key), manifest.memory_bytes)?;
+        let start = Start {
+            engine: self.engine.clone(),
+            module: guests.pre.clone(),
+            memory,
+            globals: manifest.globals.clone(),
+        };
+        let key = manifest.key.clone();
+        let image = Image(Arc::new(ImageInner { manifest, start: Arc::new(start), guests }));
+        self.loaded().images.insert(key, image.clone());
+        Ok(image)
+    }
+}

@@ -1,0 +1,290 @@
+//! Makes an image: starts a guest, lets it import and set up, and saves its memory.
+//!
+//! An image is a function of what it is made from: the guest boots with a fixed clock and a fixed
+//! seed, so that the same recipe gives the same bytes on every machine, string hashes included.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::json;
+use super::fetch::megabytes;
+use super::files::{Files, Scratch};
+use super::guest::Guest;
+use super::memory::MemoryImage;
+use super::module::CompiledGuest;
+use super::pins::pins;
+use super::recipe::Recipe;
+use super::session::{Session, Start, TurnEnd};
+use super::wasi::{self, Directories, VirtualClock};
+use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
+use crate::capture::Capture;
+use crate::environment::EnvironmentOptions;
+use crate::error::{Error, Result};
+use crate::image::{FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private};
+use crate::limits::Limits;
+use crate::policy::{Clock, Mount, Policy};
+use crate::protocol::Message;
+
+pub(crate) const MEMORY: &str = "memory.bin";
+/// Files that an image brings, and where its sessions see them.
+pub(crate) const SITE: &str = "site";
+pub(crate) const SITE_GUEST: &str = "/usr/local/site";
+/// 2026-01-01, the time at which every image is booted.
+const BOOT_TIME_NS: u64 = 1_767_225_600_000_000_000;
+const BOOT_SEED: u64 = 0;
+/// What a failing setup may show of its own output.
+const OUTPUT_BYTES: usize = 64 << 10;
+
+/// Cells that warm the agent up before its memory is saved: what they touch first is then in every
+/// session already.
+const WARM_UP: &[&str] = &[
+    "print(1+1)",
+    "x = [1, 2, 3]\ny = {'a': x}\nx",
+    "1/0",
+    "def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(10))",
+    "print(SHOW_VARS(), llm_query('warm'))",
+    "print(1+1)",
+];
+
+/// What a new image starts from.
+pub(crate) struct Parent {
+    pub(crate) start: Arc<Start>,
+    /// `None` when nothing has run yet: the compiled guest's own memory.
+    pub(crate) manifest: Option<ImageManifest>,
+}
+
+/// Boots, sets up, and puts the image into the store, which must be locked.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] when an import or the setup code fails, with its traceback.
+pub(crate) fn build(
+    store: &Store,
+    compiled: &CompiledGuest,
+    parent: &Parent,
+    recipe: &Recipe,
+    progress: ProgressFn<'_>,
+) -> Result<ImageManifest> {
+    let started = Instant::now();
+    progress(Progress::Begin { step: "boot", bytes: None });
+    let draft = store.draft()?;
+    let site = recipe.write_site(store, parent.manifest.as_ref(), &draft.path().join(SITE))?;
+    let work = store.draft()?;
+    let scratch = Scratch::new(work.path())?;
+    let mut policy = Policy {
+        clock: Clock::Fixed(BOOT_TIME_NS),
+        seed: Some(BOOT_SEED),
+        ..Policy::default()
+    };
+    if site {
+        policy.mounts.push(site_mount(&draft.path().join(SITE)));
+    }
+    let directories =
+        Directories { stdlib: &compiled.stdlib(), scratch: scratch.path(), root: &store.empty() };
+    let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
+    let guest = boot_guest(&directories, &policy, dot)?;
+    let session = Session::new(Arc::clone(&parent.start), guest)?;
+    let fresh = parent.manifest.is_none();
+    // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
+    // called from anywhere.
+    let (session, dot) = std::thread::scope(|scope| {
+        let boot = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+            let runtime = runtime.map_err(|e| Error::io("starting a runtime for the boot", e))?;
+            runtime.block_on(boot(session, fresh, dot, recipe, site))
+        });
+        boot.join().unwrap_or_else(|_| Err(Error::Internal("the boot panicked".into())))
+    })?;
+    let mut session = session;
+    let (memory, globals) = session.state();
+    let memory_bytes = memory.len() as u64;
+    write_memory(&draft.path().join(MEMORY), memory)?;
+    let globals = parent.start.globals.iter().zip(globals).map(|(record, bits)| {
+        crate::image::GlobalRecord { bits, ..record.clone() }
+    });
+    let globals = globals.collect();
+    let mut files = vec![FileRecord::of(draft.path(), MEMORY)?];
+    if site {
+        record_files(draft.path(), Path::new(SITE), &mut files)?;
+    }
+    let key = recipe.key(&compiled.manifest.key, parent.manifest.as_ref());
+    let mut imports = parent.manifest.as_ref().map_or(Vec::new(), |parent| parent.imports.clone());
+    imports.extend(recipe.imports.iter().cloned());
+    let manifest = ImageManifest {
+        format: FORMAT,
+        key: key.clone(),
+        name: recipe.name.clone(),
+        module: compiled.manifest.key.clone(),
+        parent: parent.manifest.as_ref().map(|parent| parent.key.clone()),
+        imports,
+        python: pins().guest.python.clone(),
+        memory_bytes,
+        site,
+        globals,
+        dot,
+        files,
+    };
+    Store::write_manifest(draft.path(), &manifest)?;
+    store.publish(draft, &store.image(&key))?;
+    store.name(&recipe.name, &key)?;
+    let detail = format!("image `{}`, {} of memory", recipe.name, megabytes(memory_bytes));
+    progress(Progress::End { detail, elapsed: started.elapsed() });
+    Ok(manifest)
+}
+
+/// The mount by which sessions see the files of their image.
+pub(crate) fn site_mount(host: &Path) -> Mount {
+    Mount { host: host.to_owned(), guest: SITE_GUEST.to_owned(), writable: false }
+}
+
+fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Result<Guest> {
+    let clock = VirtualClock::new(policy.clock);
+    let limits = Limits::unlimited();
+    let mounts: Vec<String> = policy.mounts.iter().map(|mount| mount.guest.clone()).collect();
+    Ok(Guest {
+        wasi: wasi::context(directories, policy, clock.as_ref())?,
+        files: Files::new(directories.scratch, limits.disk_bytes, &mounts, dot),
+        clock,
+        streams: Streams::default(),
+        conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
+        budget: super::budget::Budget::start(limits),
+        memory_limit: super::guest::MemoryLimit::new(4 << 30),
+        signal: Arc::default(),
+        handles: None,
+        fault: None,
+        refused_bytes: None,
+        running: false,
+    })
+}
+
+/// Everything that runs in the guest, in order. Gives the session back, and where its `.` stands.
+async fn boot(
+    mut session: Session,
+    fresh: bool,
+    mut dot: u32,
+    recipe: &Recipe,
+    site: bool,
+) -> Result<(Session, u32)> {
+    if fresh {
+        session
+            .call_initialize()
+            .await
+            .map_err(|e| Error::Internal(format!("starting the guest: {e:#}")))?;
+        let placed = session.place(b".").await;
+        dot = placed.map_err(|e| Error::Internal(format!("placing a name: {e:#}")))?;
+        session.guest_mut().conversation.offer_sources(agent_sources());
+        turn(&mut session, BOOTSTRAP, None).await?;
+    }
+    if site {
+        let source = format!("__import__('sys').path.append({SITE_GUEST:?})");
+        setup(&mut session, "<kaa>/site.py", &source).await?;
+    }
+    if !recipe.imports.is_empty() {
+        let request = Message::new(json!({ "op": "preload", "imports": recipe.imports }));
+        let reply = turn(&mut session, TURN, Some(request)).await?;
+        let failed = reply.header.get("failed").and_then(|failed| failed.as_array()?.first().cloned());
+        if let Some(failed) = failed {
+            return Err(Error::invalid("import", format!("the guest can't import {failed}")));
+        }
+    }
+    if fresh {
+        for cell in WARM_UP {
+            let mut request = Message::new(json!({ "op": "exec", "cell": 0 }));
+            request.body = cell.as_bytes().to_vec();
+            turn(&mut session, TURN, Some(request)).await?;
+        }
+        turn(&mut session, TURN, Some(Message::new(json!({ "op": "reset" })))).await?;
+    }
+    if let Some((path, source)) = &recipe.setup {
+        setup(&mut session, path, source).await?;
+    }
+    turn(&mut session, TURN, Some(Message::new(json!({ "op": "freeze" })))).await?;
+    Ok((session, dot))
+}
+
+async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
+    let mut request = Message::new(json!({ "op": "setup", "filename": path }));
+    request.body = source.as_bytes().to_vec();
+    let reply = turn(session, TURN, Some(request)).await?;
+    if reply.text("outcome") == Some("completed") {
+        return Ok(());
+    }
+    let exception = reply.header.get("exception").and_then(|exception| exception.get("traceback"));
+    let traceback = exception.and_then(|text| text.as_str()).unwrap_or("it ended the interpreter");
+    Err(Error::invalid(format!("setup code {path}"), traceback.to_owned()))
+}
+
+async fn turn(session: &mut Session, line: &str, request: Option<Message>) -> Result<Message> {
+    let limits = Limits::unlimited();
+    let expects_reply = request.is_some();
+    let guest = session.guest_mut();
+    guest.streams =
+        Streams { stdout: Capture::new(OUTPUT_BYTES), stderr: Capture::new(OUTPUT_BYTES) };
+    guest.conversation.begin(request, &limits);
+    let (end, _) = session.turn(line, &limits).await;
+    let guest = session.guest_mut();
+    let what = match end {
+        TurnEnd::Returned if !expects_reply => {
+            let words = std::mem::take(&mut guest.streams.stderr).into_output(None);
+            if words.total_bytes == 0 {
+                return Ok(Message::default());
+            }
+            words.text().into_owned()
+        }
+        TurnEnd::Returned => return guest.conversation.take_reply(),
+        TurnEnd::Exited(code) => format!("it exited with {code}"),
+        TurnEnd::Halted(halt) => {
+            guest.fault.take().map_or_else(|| halt.to_string(), |fault| fault.to_string())
+        }
+        TurnEnd::Trapped(trap) => trap,
+    };
+    let words = std::mem::take(&mut guest.streams.stderr).into_output(None);
+    Err(Error::invalid("image", format!("the guest did not boot: {what} {}", words.text())))
+}
+
+/// Writes a memory, leaving holes for zeros.
+fn write_memory(path: &Path, memory: &[u8]) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+
+    const CHUNK: usize = 64 << 10;
+    let context = || format!("writing {}", path.display());
+    let file = create_private(path).map_err(|e| Error::io(context(), e))?;
+    let write = || {
+        file.set_len(memory.len() as u64)?;
+        for (at, chunk) in memory.chunks(CHUNK).enumerate() {
+            if chunk.iter().any(|byte| *byte != 0) {
+                file.write_all_at(chunk, (at * CHUNK) as u64)?;
+            }
+        }
+        Ok(())
+    };
+    write().map_err(|e| Error::io(context(), e))
+}
+
+/// Records every file below `directory`, which is relative to `place`, in a fixed order.
+fn record_files(place: &Path, directory: &Path, files: &mut Vec<FileRecord>) -> Result<()> {
+    let full = place.join(directory);
+    let context = || format!("reading {}", full.display());
+    let entries = fs::read_dir(&full).map_err(|e| Error::io(context(), e))?;
+    let mut paths: Vec<PathBuf> =
+        entries.flatten().map(|entry| directory.join(entry.file_name())).collect();
+    paths.sort();
+    for path in paths {
+        if place.join(&path).is_dir() {
+            record_files(place, &path, files)?;
+        } else {
+            files.push(FileRecord::of(place, &path.to_string_lossy())?);
+        }
+    }
+    Ok(())
+}
+
+/// The memory of an image in the store.
+pub(crate) fn open_memory(place: &Path, bytes: u64) -> Result<Arc<MemoryImage>> {
+    let path = place.join(MEMORY);
+    let file =
+        File::open(&path).map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
+    Ok(Arc::new(MemoryImage::new(file, bytes as usize)?))
+}

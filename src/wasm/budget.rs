@@ -1,0 +1,228 @@
+//! What a running cell has spent, and when it must stop.
+//!
+//! The metered module (see `meter.rs`) counts a fuel global down and calls the host when it is
+//! below zero: one *slice* is used up. Everything that can stop a guest is decided here, from these
+//! calls and from the ends of host waits.
+
+use std::time::{Duration, Instant};
+
+use crate::limits::{Limit, Limits, Usage};
+
+/// Fuel of one slice: about a millisecond of guest time. Between two slices a session can neither
+/// be stopped nor yield its thread.
+pub(crate) const SLICE_FUEL: i64 = 1_000_000;
+
+/// What to do at the end of a slice or of a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Go on.
+    Continue,
+    /// Raise inside the guest, once.
+    SoftStop(Limit),
+    /// End the cell: the guest did not yield within the grace.
+    HardStop,
+}
+
+/// A soft stop that was made.
+#[derive(Debug, Clone, Copy)]
+struct Stop {
+    limit: Limit,
+    fuel: u64,
+    compute: Duration,
+    at: Instant,
+}
+
+/// The account of one cell.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    limits: Limits,
+    started: Instant,
+    /// Since when the guest has been running; `None` while it waits for the host or its turn.
+    running_since: Option<Instant>,
+    compute: Duration,
+    host_wait: Duration,
+    /// Fuel of ended slices.
+    fuel: u64,
+    /// What the fuel global was set to at the start of this slice.
+    granted: i64,
+    stop: Option<Stop>,
+}
+
+impl Budget {
+    /// A new cell starts now. The fuel global must be set to [`grant`](Self::grant).
+    pub(crate) fn start(limits: Limits) -> Self {
+        let now = Instant::now();
+        let mut budget = Self {
+            limits,
+            started: now,
+            running_since: Some(now),
+            compute: Duration::ZERO,
+            host_wait: Duration::ZERO,
+            fuel: 0,
+            granted: 0,
+            stop: None,
+        };
+        budget.granted = budget.next_grant();
+        budget
+    }
+
+    /// What the fuel global has to hold for the slice that begins.
+    pub(crate) fn grant(&self) -> i64 {
+        self.granted
+    }
+
+    /// Ends a slice whose global shows `left`, and begins the next.
+    pub(crate) fn slice(&mut self, left: i64, interrupted: bool) -> Verdict {
+        self.settle(left);
+        let verdict = self.verdict(interrupted);
+        if let Verdict::SoftStop(limit) = verdict {
+            self.note_stop(limit);
+        }
+        self.granted = self.next_grant();
+        verdict
+    }
+
+    /// The guest begins to wait for something outside.
+    pub(crate) fn wait(&mut self) {
+        self.pause();
+    }
+
+    /// The wait that began at `since` is over.
+    pub(crate) fn resume_after_wait(&mut self, since: Instant) {
+        self.host_wait += since.elapsed();
+        self.resume();
+    }
+
+    /// The guest stops running for a moment, without waiting for anything: others have their turn.
+    pub(crate) fn pause(&mut self) {
+        if let Some(since) = self.running_since.take() {
+            self.compute += since.elapsed();
+        }
+    }
+
+    /// The guest runs again.
+    pub(crate) fn resume(&mut self) {
+        self.running_since = Some(Instant::now());
+    }
+
+    /// Until when a wait may last, and what happens then.
+    pub(crate) fn wait_deadline(&self) -> (Instant, Verdict) {
+        match self.stop {
+            None => (self.started + self.limits.wall, Verdict::SoftStop(Limit::Wall)),
+            Some(stop) => (stop.at + self.limits.grace, Verdict::HardStop),
+        }
+    }
+
+    /// Notes that a soft stop is made now.
+    pub(crate) fn note_stop(&mut self, limit: Limit) {
+        self.stop =
+            Some(Stop { limit, fuel: self.fuel, compute: self.compute_so_far(), at: Instant::now() });
+    }
+
+    /// The soft stop of this cell, if there was one.
+    pub(crate) fn stopped_by(&self) -> Option<Limit> {
+        self.stop.map(|stop| stop.limit)
+    }
+
+    /// Ends the account; the global shows `left`.
+    pub(crate) fn finish(&mut self, left: i64, memory_bytes: u64) -> Usage {
+        self.settle(left);
+        self.pause();
+        Usage {
+            fuel: Some(self.fuel),
+            compute: self.compute,
+            wall: self.started.elapsed(),
+            host_wait: self.host_wait,
+            memory_bytes,
+            ..Usage::default()
+        }
+    }
+
+    fn settle(&mut self, left: i64) {
+        // The guest can't write the global, but an overflow here must not panic whatever it holds.
+        self.fuel = self.fuel.saturating_add(self.granted.saturating_sub(left).max(0) as u64);
+        self.granted = left;
+    }
+
+    fn compute_so_far(&self) -> Duration {
+        self.compute + self.running_since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn verdict(&self, interrupted: bool) -> Verdict {
+        let compute = self.compute_so_far();
+        if let Some(stop) = self.stop {
+            // Fuel decides for fuel alone, so that such a stop is as reproducible as the fuel is.
+            let over = match stop.limit {
+                Limit::Fuel => self.fuel - stop.fuel > self.grace_fuel(),
+                _ => compute.saturating_sub(stop.compute) > self.limits.grace,
+            };
+            return if over { Verdict::HardStop } else { Verdict::Continue };
+        }
+        if self.fuel >= self.limits.fuel {
+            Verdict::SoftStop(Limit::Fuel)
+        } else if interrupted {
+            Verdict::SoftStop(Limit::Interrupt)
+        } else if compute > self.limits.compute {
+            Verdict::SoftStop(Limit::Compute)
+        } else if self.started.elapsed() > self.limits.wall {
+            Verdict::SoftStop(Limit::Wall)
+        } else {
+            Verdict::Continue
+        }
+    }
+
+    /// The grace in fuel, at the rate of a slice per millisecond.
+    fn grace_fuel(&self) -> u64 {
+        let slices = u64::try_from(self.limits.grace.as_millis()).unwrap_or(u64::MAX).max(1);
+        slices.saturating_mul(SLICE_FUEL as u64)
+    }
+
+    /// A slice, or what is left of the limit: the limit is met to the unit, at the next check.
+    fn next_grant(&self) -> i64 {
+        if self.stop.is_some() {
+            return SLICE_FUEL;
+        }
+        let left = self.limits.fuel.saturating_sub(self.fuel).saturating_sub(1);
+        SLICE_FUEL.min(i64::try_from(left).unwrap_or(i64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(fuel: u64) -> Budget {
+        Budget::start(Limits { fuel, grace: Duration::from_millis(2), ..Limits::default() })
+    }
+
+    #[test]
+    fn fuel_stops_softly_at_the_limit_and_hard_after_the_grace() {
+        let mut budget = budget(2 * SLICE_FUEL as u64);
+        assert_eq!(budget.slice(-1, false), Verdict::Continue);
+        assert_eq!(budget.grant(), SLICE_FUEL - 2);
+        assert_eq!(budget.slice(-1, false), Verdict::SoftStop(Limit::Fuel));
+        assert_eq!(budget.slice(-1, false), Verdict::Continue);
+        assert_eq!(budget.slice(-1, false), Verdict::HardStop);
+        let usage = budget.finish(SLICE_FUEL, 0);
+        assert_eq!(usage.fuel, Some(4 * SLICE_FUEL as u64 + 2));
+    }
+
+    #[test]
+    fn time_without_the_guest_is_not_compute() {
+        let mut budget = budget(1 << 40);
+        let since = Instant::now();
+        budget.wait();
+        std::thread::sleep(Duration::from_millis(20));
+        budget.resume_after_wait(since);
+        let usage = budget.finish(budget.grant(), 0);
+        assert!(usage.host_wait >= Duration::from_millis(20), "{usage:?}");
+        assert!(usage.compute < Duration::from_millis(10), "{usage:?}");
+        assert!(usage.wall >= usage.host_wait);
+    }
+
+    #[test]
+    fn a_global_out_of_range_does_not_panic() {
+        let mut budget = budget(1 << 40);
+        assert_eq!(budget.slice(i64::MIN, false), Verdict::SoftStop(Limit::Fuel));
+    }
+}

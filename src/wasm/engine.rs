@@ -1,0 +1,55 @@
+//! The wasmtime engine: one configuration for compiling and for running.
+
+use std::sync::Arc;
+
+use wasmtime::{Config, Engine, OptLevel};
+
+use super::memory::{GC_GUARD, GC_RESERVATION, GUARD, RESERVATION, SlotCreator};
+use crate::error::{Error, Result};
+
+/// Stack that compiled guest code may use. CPython's own recursion checks count on 8 MiB.
+const WASM_STACK_BYTES: usize = 8 << 20;
+/// Stack of the fiber that a guest runs on. What is beyond [`WASM_STACK_BYTES`] is headroom for host
+/// functions called from the deepest guest frame: without it, deep recursion would abort the process.
+const FIBER_STACK_BYTES: usize = 2 * WASM_STACK_BYTES;
+
+const _: () = assert!(FIBER_STACK_BYTES - WASM_STACK_BYTES >= 1 << 20, "host frames need room");
+
+/// What decides whether an artifact fits: bumped when [`config`] changes in a way that wasmtime's
+/// own check of artifacts doesn't see.
+pub(crate) const CONFIG_VERSION: u32 = 1;
+
+fn config() -> Config {
+    let mut config = Config::new();
+    config
+        .wasm_exceptions(true)
+        .max_wasm_stack(WASM_STACK_BYTES)
+        .async_stack_size(FIBER_STACK_BYTES)
+        .memory_reservation(RESERVATION as u64)
+        .memory_reservation_for_growth(0)
+        .memory_guard_size(GUARD as u64)
+        .guard_before_linear_memory(false)
+        .memory_may_move(false)
+        .gc_heap_reservation(GC_RESERVATION as u64)
+        .gc_heap_reservation_for_growth(0)
+        .gc_heap_guard_size(GC_GUARD as u64)
+        .gc_heap_may_move(false)
+        .gc_heap_initial_size(0)
+        .with_host_memory(Arc::new(SlotCreator))
+        .cranelift_opt_level(OptLevel::Speed)
+        .concurrency_support(false)
+        // Nobody unwinds or symbolizes guest code; leaving the tables out halves the artifact.
+        .generate_address_map(false)
+        .native_unwind_info(false)
+        .wasm_backtrace_max_frames(None);
+    config
+}
+
+/// A new engine.
+///
+/// # Errors
+///
+/// [`Error::Internal`] when the machine's processor or system is one that wasmtime has no support for.
+pub(crate) fn engine() -> Result<Engine> {
+    Engine::new(&config()).map_err(|e| Error::Internal(format!("starting the Wasm engine: {e:#}")))
+}

@@ -1,0 +1,265 @@
+//! The session's files: its scratch directory with a quota, and the way to its mounts.
+//!
+//! The guest's C library learned its preopened directories when the image was booted: the standard
+//! library, `/tmp`, and an empty `/`. Mounts that a session adds are reached through `/`: a path
+//! below it that begins with a mount's guest path goes on in the mount's own directory.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::error::{Error, Result};
+
+/// Descriptors of the directories that every session has, in the order of their opening.
+pub(crate) const STDLIB_FD: u32 = 3;
+/// The scratch directory, `/tmp`.
+pub(crate) const SCRATCH_FD: u32 = 4;
+/// The empty directory `/`, by which mounts are reached.
+pub(crate) const ROOT_FD: u32 = 5;
+/// The first mount.
+pub(crate) const FIRST_MOUNT_FD: u32 = 6;
+
+/// What a new file is charged beyond its bytes.
+pub(crate) const FILE_BYTES: u64 = 4 << 10;
+/// What a new directory is charged: removing a deep tree costs the host stack.
+pub(crate) const DIRECTORY_BYTES: u64 = 64 << 10;
+
+/// A scratch directory, removed with its last file when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Scratch(TempDir);
+
+impl Scratch {
+    /// A new directory in `parent`, named after this process so that leftovers of dead ones can be
+    /// told apart.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when it can't be made.
+    pub(crate) fn new(parent: &Path) -> Result<Self> {
+        let prefix = format!("{}-", std::process::id());
+        tempfile::Builder::new()
+            .prefix(&prefix)
+            .tempdir_in(parent)
+            .map(Self)
+            .map_err(|e| Error::io(format!("making a scratch directory in {}", parent.display()), e))
+    }
+
+    /// The directory.
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Removes what is in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when something resists.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let context = || format!("clearing the scratch directory {}", self.path().display());
+        for entry in fs::read_dir(self.path()).map_err(|e| Error::io(context(), e))? {
+            let entry = entry.map_err(|e| Error::io(context(), e))?;
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let removed =
+                if is_dir { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            removed.map_err(|e| Error::io(context(), e))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directory and reports what resists, which dropping can't.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when something resists.
+    pub(crate) fn close(self) -> Result<()> {
+        let path = self.path().to_owned();
+        self.0.close().map_err(|e| Error::io(format!("removing {}", path.display()), e))
+    }
+}
+
+/// Removes scratch directories of processes that are no more.
+pub(crate) fn remove_leftovers(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.split_once('-')?.0.parse::<i32>().ok());
+        let alive = owner.and_then(rustix::process::Pid::from_raw).is_none_or(|pid| {
+            !matches!(rustix::process::test_kill_process(pid), Err(rustix::io::Errno::SRCH))
+        });
+        if !alive {
+            // Somebody else may be removing it too; what stays is found by the next start.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// A mount as the guest's paths reach it.
+#[derive(Debug)]
+struct Route {
+    /// The guest path without its leading slash.
+    path: String,
+    fd: u32,
+}
+
+/// The account of a session's files.
+#[derive(Debug)]
+pub(crate) struct Files {
+    scratch: PathBuf,
+    bytes_max: u64,
+    /// At least what the scratch directory holds, since the last count.
+    scratch_bytes: u64,
+    /// What was ever written to mounts.
+    mount_bytes: u64,
+    mount_fds: HashSet<u32>,
+    routes: Vec<Route>,
+    /// Where in the guest's memory a `.` stands, the name of a mount's own directory.
+    dot: u32,
+}
+
+impl Files {
+    /// The account of an empty scratch directory and of mounts at these guest paths.
+    pub(crate) fn new(scratch: &Path, bytes_max: u64, mounts: &[String], dot: u32) -> Self {
+        let mut routes: Vec<Route> = (FIRST_MOUNT_FD..)
+            .zip(mounts)
+            .map(|(fd, guest)| Route { path: guest.trim_matches('/').to_owned(), fd })
+            .collect();
+        // The longest path first: a mount may lie inside another.
+        routes.sort_by_key(|route| std::cmp::Reverse(route.path.len()));
+        Self {
+            scratch: scratch.to_owned(),
+            bytes_max,
+            scratch_bytes: 0,
+            mount_bytes: 0,
+            mount_fds: routes.iter().map(|route| route.fd).collect(),
+            routes,
+            dot,
+        }
+    }
+
+    /// Makes room for `bytes` more through descriptor `fd`; `false` is "no space left".
+    pub(crate) fn reserve(&mut self, fd: u32, bytes: u64) -> bool {
+        let wanted = |files: &Self| {
+            files.scratch_bytes.saturating_add(files.mount_bytes).saturating_add(bytes)
+        };
+        if wanted(self) > self.bytes_max {
+            // The account only grows while the guest also removes and overwrites: count anew.
+            self.scratch_bytes = used_bytes(&self.scratch).unwrap_or(self.scratch_bytes);
+            if wanted(self) > self.bytes_max {
+                return false;
+            }
+        }
+        if self.mount_fds.contains(&fd) {
+            self.mount_bytes += bytes;
+        } else {
+            self.scratch_bytes += bytes;
+        }
+        true
+    }
+
+    /// Notes that `opened` was opened through `directory`.
+    pub(crate) fn opened(&mut self, directory: u32, opened: u32) {
+        if self.mount_fds.contains(&directory) {
+            self.mount_fds.insert(opened);
+        } else {
+            self.mount_fds.remove(&opened);
+        }
+    }
+
+    /// Where a path goes on: descriptor, and address and length of the rest of the path.
+    pub(crate) fn route(&self, fd: u32, path: &[u8], ptr: u32) -> (u32, u32, u32) {
+        let here = (fd, ptr, path.len() as u32);
+        if fd != ROOT_FD {
+            return here;
+        }
+        let mut rest = path;
+        while let Some(shorter) = rest.strip_prefix(b"./").or_else(|| rest.strip_prefix(b"/")) {
+            rest = shorter;
+        }
+        for route in &self.routes {
+            let Some(inner) = rest.strip_prefix(route.path.as_bytes()) else { continue };
+            let inner = match inner {
+                [] => inner,
+                [b'/', inner @ ..] => inner,
+                _ => continue,
+            };
+            if inner.iter().all(|byte| *byte == b'/') {
+                return (route.fd, self.dot, 1);
+            }
+            return (route.fd, ptr + (path.len() - inner.len()) as u32, inner.len() as u32);
+        }
+        here
+    }
+}
+
+/// What a directory tree takes on the disk, charged as [`Files::reserve`] charges it.
+fn used_bytes(directory: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+
+    let mut bytes = 0;
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let metadata = entry.metadata()?;
+            if metadata.is_dir() {
+                bytes += DIRECTORY_BYTES;
+                pending.push(entry.path());
+            } else {
+                bytes += FILE_BYTES + metadata.blocks() * 512;
+            }
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_below_the_root_go_on_in_the_mount() {
+        let mounts = ["/data".to_owned(), "/data/inner/".to_owned()];
+        let files = Files::new(Path::new("/nowhere"), 0, &mounts, 77);
+        let cases: &[(u32, &str, (u32, u32, u32))] = &[
+            (ROOT_FD, "data/a.txt", (6, 105, 5)),
+            (ROOT_FD, "./data//a.txt", (6, 107, 6)),
+            (ROOT_FD, "data", (6, 77, 1)),
+            (ROOT_FD, "data/", (6, 77, 1)),
+            (ROOT_FD, "data/inner/b", (7, 111, 1)),
+            (ROOT_FD, "database", (ROOT_FD, 100, 8)),
+            (ROOT_FD, "../data/a", (ROOT_FD, 100, 9)),
+            (ROOT_FD, "", (ROOT_FD, 100, 0)),
+            (SCRATCH_FD, "data/a", (SCRATCH_FD, 100, 6)),
+        ];
+        for (fd, path, expected) in cases {
+            assert_eq!(files.route(*fd, path.as_bytes(), 100), *expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn the_quota_counts_anew_before_it_refuses() {
+        let parent = tempfile::tempdir().unwrap();
+        let scratch = Scratch::new(parent.path()).unwrap();
+        let mut files = Files::new(scratch.path(), 100_000, &[], 0);
+        assert!(files.reserve(9, 90_000));
+        // Nothing was really written: the next reservation finds the directory empty.
+        assert!(files.reserve(9, 90_000));
+        fs::write(scratch.path().join("f"), vec![1; 80_000]).unwrap();
+        assert!(!files.reserve(9, 90_000));
+        scratch.clear().unwrap();
+        assert!(files.reserve(9, 90_000));
+    }
+
+    #[test]
+    fn leftovers_of_dead_processes_are_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let dead = parent.path().join("2147483646-x");
+        let alive = Scratch::new(parent.path()).unwrap();
+        fs::create_dir(&dead).unwrap();
+        remove_leftovers(parent.path());
+        assert!(!dead.exists() && alive.path().exists());
+    }
+}

@@ -1,0 +1,360 @@
+//! The store's data, and Kaa's own imports: the door (`host.call`) and the meter (`kaa.slice`).
+//!
+//! Everything here runs while a guest is on the stack. Pointers and lengths from the guest are
+//! checked against the memory's present size on every use; what the host allocates for them is
+//! bounded.
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use wasmtime::{Caller, Global, Linker, Memory, ResourceLimiter, TypedFunc, Val};
+use wasmtime_wasi::p1::WasiP1Ctx;
+
+use super::budget::{Budget, Verdict};
+use super::files::Files;
+use super::wasi::VirtualClock;
+use crate::agent::{Answer, Conversation, Streams};
+use crate::error::Error;
+use crate::limits::Limit;
+use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
+
+/// Bytes that cost one unit of fuel when the host moves them for the guest.
+const BYTES_PER_FUEL: u64 = 16;
+/// `SIGINT`, the signal that stands for a soft stop.
+const SIGINT: i32 = 2;
+/// Answers of `host.call`: done, and a fault of the host.
+const CALL_OK: i32 = 0;
+const CALL_FAULT: i32 = -2;
+
+/// Ends the guest from inside an import; the session rolls back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Halt {
+    /// The guest didn't yield to a soft stop.
+    HardStop,
+    /// The guest broke the protocol: [`Guest::fault`] says how.
+    Fault,
+}
+
+impl fmt::Display for Halt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::HardStop => "hard stop",
+            Self::Fault => "protocol fault",
+        })
+    }
+}
+
+impl std::error::Error for Halt {}
+
+/// Asks the running cell to stop, from any thread.
+#[derive(Debug, Default)]
+pub(crate) struct Signal {
+    raised: AtomicBool,
+    notify: Notify,
+}
+
+impl Signal {
+    pub(crate) fn raise(&self) {
+        self.raised.store(true, Ordering::Release);
+        self.notify.notify_waiters();
+    }
+
+    pub(crate) fn take(&self) -> bool {
+        self.raised.swap(false, Ordering::AcqRel)
+    }
+
+    async fn wait(&self) {
+        let notified = self.notify.notified();
+        tokio::pin!(notified);
+        // Registered before the flag is read, so that no signal falls between the two.
+        notified.as_mut().enable();
+        if !self.raised.load(Ordering::Acquire) {
+            notified.await;
+        }
+        self.raised.store(false, Ordering::Release);
+    }
+}
+
+/// What an instance exports that the host uses.
+#[derive(Clone)]
+pub(crate) struct Handles {
+    pub(crate) memory: Memory,
+    /// Mutable globals in the order of their index, without the fuel.
+    pub(crate) globals: Vec<Global>,
+    pub(crate) fuel: Option<Global>,
+    pub(crate) host_alloc: TypedFunc<i32, i32>,
+    pub(crate) interrupt: TypedFunc<i32, i32>,
+    pub(crate) turn: TypedFunc<(i32, i32), i32>,
+    pub(crate) initialize: Option<TypedFunc<(), ()>>,
+}
+
+/// Bounds the guest's memory: growth beyond it is refused, which Python raises as `MemoryError`.
+#[derive(Debug, Clone)]
+pub(crate) struct MemoryLimit {
+    pub(crate) bytes_max: usize,
+    pub(crate) memory_bytes: usize,
+    table_bytes: usize,
+}
+
+/// What wasmtime allocates per table element.
+const TABLE_ELEMENT_BYTES: usize = 16;
+
+impl MemoryLimit {
+    pub(crate) fn new(bytes_max: u64) -> Self {
+        let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
+        Self { bytes_max, memory_bytes: 0, table_bytes: 0 }
+    }
+}
+
+impl ResourceLimiter for MemoryLimit {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let others = self.memory_bytes.saturating_sub(current) + self.table_bytes;
+        if current > 0 && desired.saturating_add(others) > self.bytes_max {
+            return Ok(false);
+        }
+        self.memory_bytes = self.memory_bytes.saturating_sub(current) + desired;
+        Ok(true)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let added = desired.saturating_sub(current).saturating_mul(TABLE_ELEMENT_BYTES);
+        if current > 0 && added.saturating_add(self.memory_bytes + self.table_bytes) > self.bytes_max {
+            return Ok(false);
+        }
+        self.table_bytes = self.table_bytes.saturating_add(added);
+        Ok(true)
+    }
+}
+
+/// The data of a session's store.
+pub(crate) struct Guest {
+    pub(crate) wasi: WasiP1Ctx,
+    pub(crate) files: Files,
+    pub(crate) clock: Option<Arc<VirtualClock>>,
+    pub(crate) streams: Streams,
+    pub(crate) conversation: Conversation,
+    pub(crate) budget: Budget,
+    pub(crate) memory_limit: MemoryLimit,
+    pub(crate) signal: Arc<Signal>,
+    pub(crate) handles: Option<Handles>,
+    /// What the guest did wrong, for [`Halt::Fault`].
+    pub(crate) fault: Option<Error>,
+    /// Bytes of an answer that the guest had no memory for.
+    pub(crate) refused_bytes: Option<usize>,
+    /// Whether a turn began and hasn't ended: then the state is not to be trusted.
+    pub(crate) running: bool,
+}
+
+impl Guest {
+    /// The instance's exports.
+    ///
+    /// # Errors
+    ///
+    /// When an import is called before the instance exists, which no module without a start
+    /// function can do.
+    pub(crate) fn handles(&self) -> wasmtime::Result<Handles> {
+        self.handles.clone().ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
+    }
+
+    fn fault(&mut self, error: Error) -> wasmtime::Error {
+        self.fault = Some(error);
+        Halt::Fault.into()
+    }
+}
+
+/// Adds Kaa's own imports.
+///
+/// # Errors
+///
+/// When the linker refuses a definition.
+pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> wasmtime::Result<()> {
+    linker.func_wrap_async("kaa", "slice", |caller: Caller<'_, Guest>, (): ()| {
+        Box::new(slice(caller))
+    })?;
+    linker.func_wrap_async(
+        "host",
+        "call",
+        |caller: Caller<'_, Guest>, (ptr, len, out_ptr, out_len): (i32, i32, i32, i32)| {
+            Box::new(call(caller, ptr as u32, len as u32, out_ptr as u32, out_len as u32))
+        },
+    )?;
+    Ok(())
+}
+
+/// One slice is used up: the only place where a computing guest is looked at.
+async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
+    let Some(fuel) = caller.data().handles()?.fuel else { return Ok(()) };
+    let left = fuel.get(&mut caller).i64().unwrap_or(0);
+    let interrupted = caller.data().signal.take();
+    let verdict = caller.data_mut().budget.slice(left, interrupted);
+    let grant = caller.data().budget.grant();
+    fuel.set(&mut caller, Val::I64(grant))?;
+    match verdict {
+        Verdict::Continue => {}
+        Verdict::SoftStop(limit) => soft_stop(&mut caller, limit).await?,
+        Verdict::HardStop => return Err(Halt::HardStop.into()),
+    }
+    caller.data_mut().budget.pause();
+    tokio::task::yield_now().await;
+    caller.data_mut().budget.resume();
+    Ok(())
+}
+
+/// Makes CPython raise at its next check; the agent then asks why.
+async fn soft_stop(caller: &mut Caller<'_, Guest>, limit: Limit) -> wasmtime::Result<()> {
+    let interrupt = caller.data().handles()?.interrupt;
+    caller.data_mut().conversation.stop(limit);
+    interrupt.call_async(caller, SIGINT).await?;
+    Ok(())
+}
+
+/// Charges fuel for bytes that the host moves. The next check of the guest notices.
+pub(crate) fn charge_bytes(caller: &mut Caller<'_, Guest>, bytes: u64) -> wasmtime::Result<()> {
+    if let Some(fuel) = caller.data().handles()?.fuel {
+        let left = fuel.get(&mut *caller).i64().unwrap_or(0);
+        let cost = i64::try_from(bytes / BYTES_PER_FUEL).unwrap_or(i64::MAX);
+        fuel.set(&mut *caller, Val::I64(left.saturating_sub(cost)))?;
+    }
+    Ok(())
+}
+
+/// Waits for something outside, no longer than the cell may. `None`: the guest was asked to stop.
+///
+/// # Errors
+///
+/// [`Halt::HardStop`] when it had been asked before and the grace is over.
+pub(crate) async fn wait_outside<F: Future>(
+    caller: &mut Caller<'_, Guest>,
+    outside: F,
+) -> wasmtime::Result<Option<F::Output>> {
+    let since = Instant::now();
+    let guest = caller.data_mut();
+    guest.budget.wait();
+    let (deadline, verdict) = guest.budget.wait_deadline();
+    let signal = Arc::clone(&guest.signal);
+    let stopped = guest.budget.stopped_by().is_some();
+    let result = tokio::select! {
+        biased;
+        output = outside => Ok(output),
+        () = tokio::time::sleep_until(deadline.into()) => Err(verdict),
+        () = signal.wait(), if !stopped => Err(Verdict::SoftStop(Limit::Interrupt)),
+    };
+    caller.data_mut().budget.resume_after_wait(since);
+    match result {
+        Ok(output) => Ok(Some(output)),
+        Err(Verdict::SoftStop(limit)) => {
+            caller.data_mut().budget.note_stop(limit);
+            soft_stop(caller, limit).await?;
+            Ok(None)
+        }
+        Err(Verdict::HardStop | Verdict::Continue) => Err(Halt::HardStop.into()),
+    }
+}
+
+/// `host.call(ptr, len, out_ptr_ptr, out_len_ptr) -> status`: the door.
+async fn call(
+    mut caller: Caller<'_, Guest>,
+    ptr: u32,
+    len: u32,
+    out_ptr: u32,
+    out_len: u32,
+) -> wasmtime::Result<i32> {
+    charge_bytes(&mut caller, len.into())?;
+    let memory = caller.data().handles()?.memory;
+    let (bytes, guest) = memory.data_and_store_mut(&mut caller);
+    let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX) else {
+        return Ok(CALL_FAULT);
+    };
+    let answer = Message::from_bytes(bytes).and_then(|message| guest.conversation.answer(message));
+    let reply = match answer {
+        Err(error) => return Err(guest.fault(error)),
+        Ok(Answer::Now(reply)) => reply,
+        Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {
+            Some(done) => caller.data_mut().conversation.finish(done),
+            // The pending exception is raised before the guest can look at this.
+            None => Message::new(serde_json::json!({ "error": "stopped" })),
+        },
+    };
+    let reply = reply.to_bytes();
+    match put(&mut caller, &reply).await? {
+        Some(address) => write_result(&mut caller, out_ptr, out_len, address, reply.len()),
+        None => Ok(CALL_FAULT),
+    }
+}
+
+/// Copies bytes into a buffer that the guest allocates; `None` when it has no memory for them.
+async fn put(caller: &mut Caller<'_, Guest>, bytes: &[u8]) -> wasmtime::Result<Option<u32>> {
+    if bytes.is_empty() {
+        return Ok(Some(0));
+    }
+    charge_bytes(caller, bytes.len() as u64)?;
+    let handles = caller.data().handles()?;
+    let address = if bytes.len() > REPLY_BYTES_MAX {
+        0
+    } else {
+        handles.host_alloc.call_async(&mut *caller, bytes.len() as i32).await? as u32
+    };
+    let start = address as usize;
+    // `host_alloc` is guest code: what it answers is checked like everything else.
+    let target = handles.memory.data_mut(&mut *caller).get_mut(start..start.saturating_add(bytes.len()));
+    match target {
+        Some(target) if address != 0 => {
+            target.copy_from_slice(bytes);
+            Ok(Some(address))
+        }
+        _ => {
+            caller.data_mut().refused_bytes = Some(bytes.len());
+            Ok(None)
+        }
+    }
+}
+
+fn write_result(
+    caller: &mut Caller<'_, Guest>,
+    out_ptr: u32,
+    out_len: u32,
+    address: u32,
+    len: usize,
+) -> wasmtime::Result<i32> {
+    let memory = caller.data().handles()?.memory;
+    let bytes = memory.data_mut(caller);
+    let len = u32::try_from(len).expect("a reply is at most REPLY_BYTES_MAX long");
+    let written = write_u32(bytes, out_ptr, address) && write_u32(bytes, out_len, len);
+    Ok(if written { CALL_OK } else { CALL_FAULT })
+}
+
+/// The guest's bytes at `ptr`, if they all exist.
+pub(crate) fn guest_slice(memory: &[u8], ptr: u32, len: u32) -> Option<&[u8]> {
+    memory.get(ptr as usize..(ptr as usize).checked_add(len as usize)?)
+}
+
+/// A little-endian u32 of the guest.
+pub(crate) fn read_u32(memory: &[u8], ptr: u32) -> Option<u32> {
+    let bytes = guest_slice(memory, ptr, 4)?;
+    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+/// Writes a little-endian u32, if there is room for it.
+pub(crate) fn write_u32(memory: &mut [u8], ptr: u32, value: u32) -> bool {
+    match memory.get_mut(ptr as usize..(ptr as usize).saturating_add(4)) {
+        Some(target) => {
+            target.copy_from_slice(&value.to_le_bytes());
+            true
+        }
+        None => false,
+    }
+}

@@ -1,0 +1,353 @@
+//! Linear memories as private copy-on-write views of an image file. **The unsafe file.**
+//!
+//! A [`Slot`] reserves the whole reach of a 32-bit memory plus a guard, maps an image at its bottom
+//! (`MAP_PRIVATE`: a page is copied when the guest first writes it), and lets it grow into zero
+//! pages. wasmtime gets it through [`SlotCreator`]; the session keeps a second handle, with which it
+//! asks which pages the guest wrote and rewinds the slot after a hard stop.
+//!
+//! Image files are written once, renamed into place and never changed: a mapped file that shrinks
+//! would turn a guest's access into `SIGBUS`.
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
+
+use crate::error::{Error, Result};
+
+/// Bytes of a Wasm page.
+pub(crate) const WASM_PAGE: usize = 64 << 10;
+/// What is reserved for each memory: the reach of a 32-bit address. Must agree with
+/// `Config::memory_reservation`.
+pub(crate) const RESERVATION: usize = 4 << 30;
+/// Inaccessible bytes behind the reservation: compiled code relies on them to leave bounds checks
+/// out. Must agree with `Config::memory_guard_size`.
+pub(crate) const GUARD: usize = 32 << 20;
+
+/// What is reserved for the engine's own heap of exception objects, one per session. Its size tells
+/// the two kinds of memory apart in [`SlotCreator`]. Must agree with `Config::gc_heap_reservation`.
+pub(crate) const GC_RESERVATION: usize = 64 << 20;
+/// As [`GUARD`], for that heap. Must agree with `Config::gc_heap_guard_size`.
+pub(crate) const GC_GUARD: usize = 1 << 20;
+
+const _: () = assert!(RESERVATION.is_multiple_of(WASM_PAGE) && GUARD.is_multiple_of(WASM_PAGE));
+const _: () = assert!(GC_RESERVATION < RESERVATION, "the reservation tells the kind of memory");
+const _: () = assert!(size_of::<usize>() == 8, "Kaa needs a 64-bit address space");
+
+/// The memory of an image: an immutable file of whole Wasm pages.
+#[derive(Debug)]
+pub(crate) struct MemoryImage {
+    file: File,
+    bytes: usize,
+}
+
+impl MemoryImage {
+    /// An image over the first `bytes` bytes of `file`, which must stay as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when the file isn't that long or `bytes` isn't whole Wasm pages.
+    pub(crate) fn new(file: File, bytes: usize) -> Result<Self> {
+        let found = file.metadata().map_err(|e| Error::io("reading a memory image", e))?.len();
+        if found != bytes as u64 || !bytes.is_multiple_of(WASM_PAGE) || bytes > RESERVATION {
+            return Err(Error::Incompatible {
+                what: "the memory image".into(),
+                expected: format!("{bytes} bytes in whole pages of {WASM_PAGE}"),
+                found: format!("{found} bytes"),
+            });
+        }
+        Ok(Self { file, bytes })
+    }
+
+    /// Size of the image's memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Tells each page of `memory` that isn't as in the image; what can't be read counts as one.
+    pub(crate) fn differing(&self, memory: &[u8], mut tell: impl FnMut(Range<usize>)) {
+        const CHUNK: usize = 1 << 20;
+        const PAGE: usize = 4096;
+        let mut original = vec![0u8; CHUNK];
+        for start in (0..memory.len()).step_by(CHUNK) {
+            let end = memory.len().min(start + CHUNK);
+            let readable = self.bytes.clamp(start, end) - start;
+            let read = self.file.read_exact_at(&mut original[..readable], start as u64).is_ok();
+            original[readable..].fill(0);
+            for at in (start..end).step_by(PAGE) {
+                if !read || memory[at..at + PAGE] != original[at - start..at - start + PAGE] {
+                    tell(at..at + PAGE);
+                }
+            }
+        }
+    }
+}
+
+/// Address space that nothing else uses: inaccessible until a part of it is opened.
+#[derive(Debug)]
+struct Reservation {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: `base` is the address of a mapping that this value owns alone until it is dropped; nothing
+// in it is tied to a thread, and the methods on `&self` only ask the kernel about the mapping.
+#[expect(unsafe_code, reason = "a raw address keeps the auto trait away")]
+unsafe impl Send for Reservation {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "a raw address keeps the auto trait away")]
+unsafe impl Sync for Reservation {}
+
+impl Reservation {
+    fn new(bytes: usize) -> io::Result<Self> {
+        #[expect(unsafe_code, reason = "reserves address space; the mm calls of rustix are unsafe")]
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
+        let base = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), flags)
+        }?;
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { base, bytes })
+    }
+
+    /// Makes `range` readable and writable.
+    fn open(&self, range: Range<usize>) -> io::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range of the reservation");
+        #[expect(unsafe_code, reason = "opens pages of the value's own reservation")]
+        // SAFETY: the range lies in a mapping that this value owns (checked above). Its pages hold
+        // what they held; more access takes nothing from anyone who refers to them.
+        unsafe {
+            let start = self.base.as_ptr().byte_add(range.start).cast();
+            let writable = MprotectFlags::READ | MprotectFlags::WRITE;
+            rustix::mm::mprotect(start, range.end - range.start, writable)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        #[expect(unsafe_code, reason = "gives the value's own mapping back")]
+        // SAFETY: the mapping was made in `new`, is owned by this value, and is not used after drop.
+        let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes) };
+        debug_assert!(result.is_ok(), "unmapping a reservation: {result:?}");
+    }
+}
+
+/// The address space of one session's memory.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    space: Reservation,
+    image: Arc<MemoryImage>,
+    accessible: AtomicUsize,
+}
+
+impl Slot {
+    /// Reserves address space and maps `image` at its bottom.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the system has no address space or mappings left.
+    pub(crate) fn new(image: Arc<MemoryImage>) -> Result<Self> {
+        let space = Reservation::new(RESERVATION + GUARD)
+            .map_err(|e| Error::io("reserving 4 GiB of address space for a session", e))?;
+        let mut slot = Self { space, image, accessible: AtomicUsize::new(0) };
+        let bytes = slot.image.bytes;
+        slot.map(bytes)?;
+        Ok(slot)
+    }
+
+    /// The image that the slot is a view of.
+    pub(crate) fn image(&self) -> &Arc<MemoryImage> {
+        &self.image
+    }
+
+    /// Throws away what the guest wrote: the image again, then zeros up to `bytes`.
+    ///
+    /// `&mut self` proves that no instance has the memory any more: an instance holds the slot by
+    /// an `Arc`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the system refuses a mapping; the slot must not be used then.
+    pub(crate) fn rewind(&mut self, bytes: usize) -> Result<()> {
+        let image_bytes = self.image.bytes;
+        assert!(bytes >= image_bytes && bytes <= RESERVATION, "a memory never shrinks below its image");
+        #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
+        // SAFETY: the range belongs to this slot's reservation, and with `&mut self` no reference
+        // into the mapping exists.
+        let result = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+            rustix::mm::mmap_anonymous(self.base(), RESERVATION, ProtFlags::empty(), flags)
+        };
+        result.map_err(|e| Error::io("unmapping what a session wrote", e.into()))?;
+        self.map(bytes)
+    }
+
+    /// Maps the image at the bottom of a slot that holds nothing, and opens zeros up to `bytes`.
+    fn map(&mut self, bytes: usize) -> Result<()> {
+        let image_bytes = self.image.bytes;
+        if image_bytes > 0 {
+            #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
+            // SAFETY: `image_bytes` is at most `RESERVATION` (checked in `MemoryImage::new`), so that
+            // the range belongs to this slot; with `&mut self` no reference into it exists.
+            let result = unsafe {
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+                let writable = ProtFlags::READ | ProtFlags::WRITE;
+                rustix::mm::mmap(self.base(), image_bytes, writable, flags, &self.image.file, 0)
+            };
+            result.map_err(|e| Error::io("mapping an image into a session", e.into()))?;
+        }
+        self.space
+            .open(image_bytes..bytes)
+            .map_err(|e| Error::io("opening a session's memory", e))?;
+        self.accessible.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    fn base(&self) -> *mut c_void {
+        self.space.base.as_ptr().cast()
+    }
+
+    /// The ranges of bytes, in whole pages and ascending, that may differ from the image.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel doesn't tell; the caller then takes everything as written.
+    pub(crate) fn written(&self) -> io::Result<Vec<Range<usize>>> {
+        let base = self.base() as usize;
+        let end = base + self.accessible.load(Ordering::Acquire);
+        let mut ranges = super::dirty::private_pages(base..end)?;
+        for range in &mut ranges {
+            *range = range.start - base..range.end - base;
+        }
+        Ok(ranges)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+impl Slot {
+    pub(super) fn base_for_test(&self) -> usize {
+        self.base() as usize
+    }
+}
+
+/// A slot as the memory of a wasmtime instance.
+struct SlotMemory(Arc<Slot>);
+
+// SAFETY: the memory is page aligned, never moves (`RESERVATION` covers every growth), is followed
+// by `GUARD` inaccessible bytes, and bytes beyond `byte_size` are inaccessible: `rewind` and
+// `grow_to` are the only places that open pages, and both record it.
+#[expect(unsafe_code, reason = "wasmtime's trait for host memories is unsafe")]
+unsafe impl LinearMemory for SlotMemory {
+    fn byte_size(&self) -> usize {
+        self.0.accessible.load(Ordering::Acquire)
+    }
+
+    fn byte_capacity(&self) -> usize {
+        RESERVATION
+    }
+
+    fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
+        let old = self.byte_size();
+        if new_size > RESERVATION || new_size < old {
+            wasmtime::bail!("a memory of {old} bytes can't grow to {new_size}");
+        }
+        self.0.space.open(old..new_size)?;
+        self.0.accessible.store(new_size, Ordering::Release);
+        Ok(())
+    }
+
+    fn as_ptr(&self) -> *mut u8 {
+        self.0.space.base.as_ptr()
+    }
+}
+
+/// The engine's heap of exception objects.
+struct GcMemory {
+    space: Reservation,
+    accessible: usize,
+}
+
+// SAFETY: as for `SlotMemory`, with `GC_RESERVATION` and `GC_GUARD`; the memory starts out zeroed.
+#[expect(unsafe_code, reason = "wasmtime's trait for host memories is unsafe")]
+unsafe impl LinearMemory for GcMemory {
+    fn byte_size(&self) -> usize {
+        self.accessible
+    }
+
+    fn byte_capacity(&self) -> usize {
+        GC_RESERVATION
+    }
+
+    fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
+        if new_size > GC_RESERVATION || new_size < self.accessible {
+            wasmtime::bail!("a heap of {} bytes can't grow to {new_size}", self.accessible);
+        }
+        self.space.open(self.accessible..new_size)?;
+        self.accessible = new_size;
+        Ok(())
+    }
+
+    fn as_ptr(&self) -> *mut u8 {
+        self.space.base.as_ptr()
+    }
+}
+
+thread_local! {
+    /// The slot for the memory that this thread creates next.
+    static NEXT_SLOT: RefCell<Option<Arc<Slot>>> = const { RefCell::new(None) };
+}
+
+/// Runs `instantiate`, and hands `slot` to the first memory that it creates on this thread.
+///
+/// wasmtime's creator has no argument by which a store could name its slot; instantiating without
+/// a start function is synchronous, so that the thread is one.
+pub(crate) fn with_slot<T>(slot: &Arc<Slot>, instantiate: impl FnOnce() -> T) -> T {
+    NEXT_SLOT.set(Some(Arc::clone(slot)));
+    let result = instantiate();
+    NEXT_SLOT.set(None);
+    result
+}
+
+/// Gives slots to instances.
+pub(crate) struct SlotCreator;
+
+// SAFETY: see `SlotMemory`. Sizes are checked against what wasmtime asks for, so that compiled code
+// that leaves bounds checks out finds the reservation and the guard that it was compiled for.
+#[expect(unsafe_code, reason = "wasmtime's trait for memory creators is unsafe")]
+unsafe impl MemoryCreator for SlotCreator {
+    fn new_memory(
+        &self,
+        _ty: MemoryType,
+        minimum: usize,
+        _maximum: Option<usize>,
+        reserved_size_in_bytes: Option<usize>,
+        guard_size_in_bytes: usize,
+    ) -> Result<Box<dyn LinearMemory>, String> {
+        match reserved_size_in_bytes {
+            Some(RESERVATION) if guard_size_in_bytes <= GUARD => {}
+            Some(GC_RESERVATION) if guard_size_in_bytes <= GC_GUARD && minimum <= GC_RESERVATION => {
+                let space = Reservation::new(GC_RESERVATION + GC_GUARD);
+                let space = space.map_err(|e| format!("reserving an exception heap: {e}"))?;
+                let mut memory = GcMemory { space, accessible: 0 };
+                memory.grow_to(minimum).map_err(|e| format!("{e:#}"))?;
+                return Ok(Box::new(memory));
+            }
+            other => return Err(format!("the engine wants a reservation of {other:?} bytes")),
+        }
+        let slot = NEXT_SLOT.take().ok_or("an instance was made without a slot")?;
+        if slot.accessible.load(Ordering::Acquire) < minimum {
+            return Err(format!("the image is smaller than the module's memory of {minimum} bytes"));
+        }
+        Ok(Box::new(SlotMemory(slot)))
+    }
+}

@@ -1,0 +1,345 @@
+//! One live guest: its instance, its memory, and the checkpoint that it can go back to.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::FutureExt;
+use wasmtime::{Engine, Instance, InstancePre, Store, Val};
+use wasmtime_wasi::I32Exit;
+
+use super::budget::Budget;
+use super::guest::{Guest, Halt, Handles};
+use super::instrument::{FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
+use super::memory::{MemoryImage, Slot, with_slot};
+use crate::error::{Error, Result};
+use crate::image::GlobalRecord;
+use crate::limits::{Limits, Usage};
+
+/// The C-API function that makes a signal pending: the soft stop.
+pub(crate) const INTERRUPT_FUNCTION: &str = "PyErr_SetInterruptEx";
+/// Bytes of a page of the host, the grain of a checkpoint. Larger pages are several of these.
+const PAGE: usize = 4096;
+
+/// What every session of an image starts from. Immutable, shared.
+pub(crate) struct Start {
+    pub(crate) engine: Engine,
+    pub(crate) module: InstancePre<Guest>,
+    pub(crate) memory: Arc<MemoryImage>,
+    pub(crate) globals: Vec<GlobalRecord>,
+}
+
+/// How a turn ended.
+pub(crate) enum TurnEnd {
+    /// The guest returned.
+    Returned,
+    /// The guest left by `proc_exit`.
+    Exited(i32),
+    /// The host ended it.
+    Halted(Halt),
+    /// The machine stopped it.
+    Trapped(String),
+}
+
+/// A state that a session can go back to: what differs from the image.
+#[derive(Default)]
+struct Checkpoint {
+    bytes: usize,
+    globals: Vec<Val>,
+    /// Page number to its place in `pages`.
+    index: BTreeMap<usize, usize>,
+    pages: Vec<u8>,
+}
+
+/// A live guest.
+pub(crate) struct Session {
+    start: Arc<Start>,
+    slot: Arc<Slot>,
+    store: Option<Store<Guest>>,
+    checkpoint: Checkpoint,
+}
+
+impl Session {
+    /// A new guest in the state of its image.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when there is no address space left, [`Error::Internal`] when the module
+    /// doesn't fit the engine.
+    pub(crate) fn new(start: Arc<Start>, guest: Guest) -> Result<Self> {
+        let slot = Arc::new(Slot::new(Arc::clone(&start.memory))?);
+        let globals = start.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
+        let checkpoint =
+            Checkpoint { bytes: start.memory.bytes(), globals, ..Checkpoint::default() };
+        let mut session = Self { start, slot, store: None, checkpoint };
+        session.instantiate(guest)?;
+        Ok(session)
+    }
+
+    /// The store's data.
+    pub(crate) fn guest(&self) -> &Guest {
+        self.store.as_ref().expect("a session has a store between its methods").data()
+    }
+
+    /// The store's data.
+    pub(crate) fn guest_mut(&mut self) -> &mut Guest {
+        self.store_mut().data_mut()
+    }
+
+    fn store_mut(&mut self) -> &mut Store<Guest> {
+        self.store.as_mut().expect("a session has a store between its methods")
+    }
+
+    /// Makes an instance over the slot, whatever it holds.
+    fn instantiate(&mut self, guest: Guest) -> Result<()> {
+        let mut store = Store::new(&self.start.engine, guest);
+        store.limiter(|guest| &mut guest.memory_limit);
+        let pre = &self.start.module;
+        // Without a start function nothing in it waits, so that one poll completes it.
+        let instance = with_slot(&self.slot, || pre.instantiate_async(&mut store).now_or_never())
+            .ok_or_else(|| Error::Internal("instantiating the guest did not complete".into()))?
+            .map_err(|e| Error::Internal(format!("instantiating the guest: {e:#}")))?;
+        let handles = exports(&mut store, &instance, &self.start.globals)
+            .map_err(|e| Error::Internal(format!("the guest's exports: {e:#}")))?;
+        for (global, value) in handles.globals.iter().zip(&self.checkpoint.globals) {
+            global
+                .set(&mut store, *value)
+                .map_err(|e| Error::Internal(format!("setting a global: {e:#}")))?;
+        }
+        let bytes = handles.memory.data_size(&store);
+        let guest = store.data_mut();
+        guest.memory_limit.memory_bytes = bytes;
+        guest.handles = Some(handles);
+        guest.running = false;
+        self.store = Some(store);
+        Ok(())
+    }
+
+    /// Runs one turn of the agent: the source line `line` in `__main__`.
+    ///
+    /// If the future is dropped, [`Guest::running`] stays set and the session must roll back.
+    pub(crate) async fn turn(&mut self, line: &str, limits: &Limits) -> (TurnEnd, Usage) {
+        let store = self.store_mut();
+        let handles = store.data().handles.clone().expect("an instance has handles");
+        let guest = store.data_mut();
+        guest.running = true;
+        guest.fault = None;
+        guest.refused_bytes = None;
+        guest.signal.take();
+        guest.budget = Budget::start(limits.clone());
+        let grant = Val::I64(guest.budget.grant());
+        let result = run(store, &handles, line, grant).await;
+        let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
+        let bytes = handles.memory.data_size(&*store) as u64;
+        let guest = store.data_mut();
+        let usage = guest.budget.finish(left, bytes);
+        let end = match result {
+            Ok(_) => {
+                guest.running = false;
+                TurnEnd::Returned
+            }
+            Err(error) => classify(&error),
+        };
+        (end, usage)
+    }
+
+    /// Saves the present state as the one to go back to: only what changed since the last time is
+    /// copied.
+    pub(crate) fn save(&mut self) {
+        let written = self.slot.written();
+        let store = self.store.as_mut().expect("a session has a store between its methods");
+        let handles = store.data().handles.clone().expect("an instance has handles");
+        self.checkpoint.globals = handles.globals.iter().map(|global| global.get(&mut *store)).collect();
+        let memory = handles.memory.data(&*store);
+        self.checkpoint.bytes = memory.len();
+        match written {
+            Ok(ranges) => ranges.into_iter().for_each(|range| self.checkpoint.copy(memory, range)),
+            Err(_) => {
+                let image = Arc::clone(self.slot.image());
+                image.differing(memory, |range| self.checkpoint.copy(memory, range));
+            }
+        }
+    }
+
+    /// Goes back to the last checkpoint with a new instance. Open files stay open.
+    ///
+    /// # Errors
+    ///
+    /// When the system refuses a mapping; the session is lost then.
+    pub(crate) fn roll_back(&mut self) -> Result<()> {
+        let bytes = self.checkpoint.bytes;
+        self.rebuild(bytes)?;
+        let checkpoint = &self.checkpoint;
+        let store = self.store.as_mut().expect("just rebuilt");
+        let memory = store.data().handles.as_ref().expect("just rebuilt").memory;
+        let memory = memory.data_mut(store);
+        for (page, at) in &checkpoint.index {
+            memory[page * PAGE..][..PAGE].copy_from_slice(&checkpoint.pages[*at..][..PAGE]);
+        }
+        Ok(())
+    }
+
+    /// Goes back to the image; the last checkpoint is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// As [`roll_back`](Self::roll_back).
+    pub(crate) fn reset(&mut self) -> Result<()> {
+        let bytes = self.start.memory.bytes();
+        let globals = self.start.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
+        self.checkpoint = Checkpoint { bytes, globals, ..Checkpoint::default() };
+        self.rebuild(bytes)
+    }
+
+    fn rebuild(&mut self, bytes: usize) -> Result<()> {
+        let store = self.store.take();
+        let mut guest = store.expect("a session has a store between its methods").into_data();
+        guest.handles = None;
+        guest.memory_limit.memory_bytes = 0;
+        let slot = Arc::get_mut(&mut self.slot)
+            .ok_or_else(|| Error::Internal("an instance outlived its store".into()))?;
+        slot.rewind(bytes)?;
+        self.instantiate(guest)
+    }
+
+    /// Memory and mutable globals, to be written into an image.
+    pub(crate) fn state(&mut self) -> (&[u8], Vec<u64>) {
+        let store = self.store.as_mut().expect("a session has a store between its methods");
+        let handles = store.data().handles.clone().expect("an instance has handles");
+        let globals = handles.globals.iter().map(|global| bits_of(global.get(&mut *store))).collect();
+        (handles.memory.data(&*store), globals)
+    }
+
+    /// Calls an export of the guest by hand, when an image is booted.
+    ///
+    /// # Errors
+    ///
+    /// What the guest's trap says.
+    pub(crate) async fn call_initialize(&mut self) -> wasmtime::Result<()> {
+        let store = self.store_mut();
+        let instance_start = store.data().handles.clone().and_then(|handles| handles.initialize);
+        match instance_start {
+            Some(initialize) => initialize.call_async(store, ()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Puts bytes into a buffer that the guest allocates, for good.
+    ///
+    /// # Errors
+    ///
+    /// When the guest has no memory for them.
+    pub(crate) async fn place(&mut self, bytes: &[u8]) -> wasmtime::Result<u32> {
+        let store = self.store_mut();
+        let handles = store.data().handles()?;
+        let address = handles.host_alloc.call_async(&mut *store, bytes.len() as i32).await? as u32;
+        let start = address as usize;
+        let target = handles.memory.data_mut(store).get_mut(start..start.saturating_add(bytes.len()));
+        let target = target.filter(|_| address != 0);
+        target.ok_or_else(|| wasmtime::Error::msg("no memory"))?.copy_from_slice(bytes);
+        Ok(address)
+    }
+}
+
+impl Checkpoint {
+    /// Copies the pages of `range` that aren't in the checkpoint as they are.
+    fn copy(&mut self, memory: &[u8], range: Range<usize>) {
+        for page in range.start / PAGE..range.end / PAGE {
+            let now = &memory[page * PAGE..][..PAGE];
+            match self.index.get(&page) {
+                Some(at) => {
+                    let saved = &mut self.pages[*at..][..PAGE];
+                    if saved != now {
+                        saved.copy_from_slice(now);
+                    }
+                }
+                None => {
+                    self.index.insert(page, self.pages.len());
+                    self.pages.extend_from_slice(now);
+                }
+            }
+        }
+    }
+}
+
+async fn run(
+    store: &mut Store<Guest>,
+    handles: &Handles,
+    line: &str,
+    grant: Val,
+) -> wasmtime::Result<i32> {
+    if let Some(fuel) = &handles.fuel {
+        fuel.set(&mut *store, grant)?;
+    }
+    let length = line.len() as i32;
+    let address = handles.host_alloc.call_async(&mut *store, length).await?;
+    let start = address as u32 as usize;
+    let target = handles.memory.data_mut(&mut *store).get_mut(start..start.saturating_add(line.len()));
+    let target = target.filter(|_| address != 0);
+    target
+        .ok_or_else(|| wasmtime::Error::msg("the guest has no memory left for a turn"))?
+        .copy_from_slice(line.as_bytes());
+    handles.turn.call_async(&mut *store, (address, length)).await
+}
+
+fn classify(error: &wasmtime::Error) -> TurnEnd {
+    if let Some(halt) = error.downcast_ref::<Halt>() {
+        return TurnEnd::Halted(*halt);
+    }
+    if let Some(exit) = error.downcast_ref::<I32Exit>() {
+        return TurnEnd::Exited(exit.0);
+    }
+    TurnEnd::Trapped(format!("{error:#}"))
+}
+
+fn exports(
+    store: &mut Store<Guest>,
+    instance: &Instance,
+    globals: &[GlobalRecord],
+) -> wasmtime::Result<Handles> {
+    let missing = |name: &str| wasmtime::Error::msg(format!("the module does not export `{name}`"));
+    let memory = instance.get_memory(&mut *store, "memory").ok_or_else(|| missing("memory"))?;
+    let fuel = instance.get_global(&mut *store, FUEL_EXPORT);
+    let mut mutable = Vec::with_capacity(globals.len());
+    for record in globals {
+        let global = instance.get_global(&mut *store, &record.export);
+        mutable.push(global.ok_or_else(|| missing(&record.export))?);
+    }
+    let interrupt = format!("{FUNCTION_EXPORT_PREFIX}{INTERRUPT_FUNCTION}");
+    Ok(Handles {
+        memory,
+        globals: mutable,
+        fuel,
+        host_alloc: instance.get_typed_func(&mut *store, "host_alloc")?,
+        interrupt: instance.get_typed_func(&mut *store, &interrupt)?,
+        turn: instance.get_typed_func(&mut *store, "turn")?,
+        initialize: instance.get_typed_func(&mut *store, "_initialize").ok(),
+    })
+}
+
+/// A recorded global as a value.
+fn value_of(record: &GlobalRecord) -> Result<Val> {
+    Ok(match record.type_name.as_str() {
+        "i32" => Val::I32(record.bits as u32 as i32),
+        "i64" => Val::I64(record.bits as i64),
+        "f32" => Val::F32(record.bits as u32),
+        "f64" => Val::F64(record.bits),
+        other => {
+            return Err(Error::Incompatible {
+                what: format!("the image's global `{}`", record.export),
+                expected: "a number".into(),
+                found: other.to_owned(),
+            });
+        }
+    })
+}
+
+fn bits_of(value: Val) -> u64 {
+    match value {
+        Val::I32(value) => u64::from(value as u32),
+        Val::I64(value) => value as u64,
+        Val::F32(bits) => u64::from(bits),
+        Val::F64(bits) => bits,
+        _ => 0,
+    }
+}

@@ -1,0 +1,547 @@
+//! WASI as a session gets it: wasmtime-wasi, with Kaa in front where a limit or a route applies.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use wasmtime::{Caller, Linker, Result};
+use wasmtime_wasi::p1::{self, WasiP1Ctx, wasi_snapshot_preview1 as preview1};
+use wasmtime_wasi::{FsPerms, HostMonotonicClock, HostWallClock, WasiCtxBuilder};
+use wiggle::GuestMemory;
+
+use super::files::{DIRECTORY_BYTES, FILE_BYTES};
+use super::guest::{Guest, charge_bytes, guest_slice, read_u32, wait_outside, write_u32};
+use crate::error::Error;
+use crate::policy::{Clock, Policy};
+
+const MODULE: &str = "wasi_snapshot_preview1";
+/// Error numbers of WASI preview 1 (`typenames.witx`, `errno`).
+const ERRNO_SUCCESS: i32 = 0;
+const ERRNO_FAULT: i32 = 21;
+const ERRNO_INVAL: i32 = 28;
+const ERRNO_NOSPC: i32 = 51;
+/// Buffers that one `fd_write` may name; POSIX asks for at least 16 (`IOV_MAX`).
+const IOVECS_MAX: u32 = 1024;
+/// `oflags.creat` of `path_open`.
+const OFLAGS_CREAT: i32 = 1;
+
+/// Where a session's directories lie on the host.
+pub(crate) struct Directories<'host> {
+    /// Holds the standard library's zip.
+    pub(crate) stdlib: &'host Path,
+    /// The session's scratch.
+    pub(crate) scratch: &'host Path,
+    /// An empty directory.
+    pub(crate) root: &'host Path,
+}
+
+/// The WASI context of a session: nothing but its own directories and what the policy grants.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] naming a mount whose host directory can't be opened.
+pub(crate) fn context(
+    directories: &Directories<'_>,
+    policy: &Policy,
+    clock: Option<&Arc<VirtualClock>>,
+) -> crate::error::Result<WasiP1Ctx> {
+    let mut builder = WasiCtxBuilder::new();
+    builder
+        .arg("/usr/local/bin/python.wasm")
+        .env("HOME", "/tmp")
+        .env("TMPDIR", "/tmp")
+        .env("PYTHONTZPATH", "")
+        .envs(&policy.env)
+        // The session's own files are local and small; with mounts nobody knows.
+        .allow_blocking_current_thread(policy.mounts.is_empty());
+    let mut open = |host: &Path, guest: &str, perms| {
+        let opened = builder.preopened_dir(host, guest, perms).map(|_| ());
+        opened.map_err(|e| Error::invalid(format!("directory {}", host.display()), format!("{e:#}")))
+    };
+    // In the order of `files::STDLIB_FD` and its neighbours, which is baked into every image.
+    open(directories.stdlib, "/usr/local/lib", FsPerms::ReadOnly)?;
+    open(directories.scratch, "/tmp", FsPerms::ReadWrite)?;
+    open(directories.root, "/", FsPerms::ReadOnly)?;
+    for mount in &policy.mounts {
+        let perms = if mount.writable { FsPerms::ReadWrite } else { FsPerms::ReadOnly };
+        open(&mount.host, &mount.guest, perms)?;
+    }
+    if let Some(seed) = policy.seed {
+        builder.secure_random(StdRng::seed_from_u64(seed));
+        builder.insecure_random(StdRng::seed_from_u64(!seed));
+    }
+    if let Some(clock) = clock {
+        builder.wall_clock(VirtualWallClock(Arc::clone(clock)));
+        builder.monotonic_clock(VirtualMonotonicClock(Arc::clone(clock)));
+    }
+    Ok(builder.build_p1())
+}
+
+/// A clock of the session's own: see [`Clock::Fixed`].
+#[derive(Debug)]
+pub(crate) struct VirtualClock {
+    start_ns: u64,
+    elapsed_ns: AtomicU64,
+}
+
+/// What each reading of a [`VirtualClock`] adds, so that loops that wait for time to pass end.
+const READING_NS: u64 = 1_000;
+
+impl VirtualClock {
+    /// The session's clock, if the policy wants one of its own.
+    pub(crate) fn new(clock: Clock) -> Option<Arc<Self>> {
+        match clock {
+            Clock::Real => None,
+            Clock::Fixed(start_ns) => {
+                Some(Arc::new(Self { start_ns, elapsed_ns: AtomicU64::new(0) }))
+            }
+        }
+    }
+
+    fn advance(&self, ns: u64) -> u64 {
+        let step = |now: u64| Some(now.saturating_add(ns));
+        self.elapsed_ns.fetch_update(Ordering::AcqRel, Ordering::Acquire, step).unwrap_or(u64::MAX)
+    }
+}
+
+struct VirtualWallClock(Arc<VirtualClock>);
+
+impl HostWallClock for VirtualWallClock {
+    fn resolution(&self) -> Duration {
+        Duration::from_nanos(READING_NS)
+    }
+
+    fn now(&self) -> Duration {
+        Duration::from_nanos(self.0.start_ns.saturating_add(self.0.advance(READING_NS)))
+    }
+}
+
+struct VirtualMonotonicClock(Arc<VirtualClock>);
+
+impl HostMonotonicClock for VirtualMonotonicClock {
+    fn resolution(&self) -> u64 {
+        READING_NS
+    }
+
+    fn now(&self) -> u64 {
+        self.0.advance(READING_NS)
+    }
+}
+
+/// The guest's memory and wasmtime-wasi's context, borrowed together.
+fn parts<'caller>(
+    caller: &'caller mut Caller<'_, Guest>,
+) -> Result<(GuestMemory<'caller>, &'caller mut Guest)> {
+    let memory = caller.data().handles()?.memory;
+    let (bytes, guest) = memory.data_and_store_mut(caller);
+    Ok((GuestMemory::Unshared(bytes), guest))
+}
+
+/// Where a path that the guest names goes on: see `Files::route`.
+fn route(caller: &mut Caller<'_, Guest>, fd: i32, ptr: i32, len: i32) -> Result<(i32, i32, i32)> {
+    let memory = caller.data().handles()?.memory;
+    let (bytes, guest) = memory.data_and_store_mut(caller);
+    let (ptr, len) = (ptr as u32, len as u32);
+    // What isn't in memory is left to wasmtime-wasi to refuse.
+    let (fd, ptr, len) = match guest_slice(bytes, ptr, len) {
+        Some(path) => guest.files.route(fd as u32, path, ptr),
+        None => (fd as u32, ptr, len),
+    };
+    Ok((fd as i32, ptr as i32, len as i32))
+}
+
+/// Adds WASI, and then Kaa's own versions of what it guards.
+///
+/// # Errors
+///
+/// When the linker refuses a definition.
+pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
+    p1::add_to_linker_async(linker, |guest: &mut Guest| &mut guest.wasi)?;
+    linker.allow_shadowing(true);
+    add_writes(linker)?;
+    add_paths(linker)?;
+    add_pairs_of_paths(linker)?;
+    linker.func_wrap_async(
+        MODULE,
+        "poll_oneoff",
+        |caller: Caller<'_, Guest>, (subs, events, count, out): (i32, i32, i32, i32)| {
+            Box::new(poll_oneoff(caller, subs, events, count, out))
+        },
+    )?;
+    linker.allow_shadowing(false);
+    Ok(())
+}
+
+fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "fd_write",
+        |caller: Caller<'_, Guest>, (fd, iovs, count, out): (i32, i32, i32, i32)| {
+            Box::new(fd_write(caller, fd, iovs, count, out))
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_pwrite",
+        |mut caller: Caller<'_, Guest>, (fd, iovs, count, at, out): (i32, i32, i32, i64, i32)| {
+            Box::new(async move {
+                let Some(bytes) = written_bytes(&mut caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
+                charge_bytes(&mut caller, bytes)?;
+                if !caller.data_mut().files.reserve(fd as u32, bytes) {
+                    return Ok(ERRNO_NOSPC);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_pwrite(&mut guest.wasi, &mut memory, fd, iovs, count, at, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_filestat_set_size",
+        |mut caller: Caller<'_, Guest>, (fd, size): (i32, i64)| {
+            Box::new(async move {
+                if !caller.data_mut().files.reserve(fd as u32, size as u64) {
+                    return Ok(ERRNO_NOSPC);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_filestat_set_size(&mut guest.wasi, &mut memory, fd, size).await
+            })
+        },
+    )?;
+    linker.func_wrap(
+        MODULE,
+        "fd_allocate",
+        |mut caller: Caller<'_, Guest>, fd: i32, at: i64, len: i64| -> Result<i32> {
+            let bytes = (at as u64).saturating_add(len as u64);
+            if !caller.data_mut().files.reserve(fd as u32, bytes) {
+                return Ok(ERRNO_NOSPC);
+            }
+            let (mut memory, guest) = parts(&mut caller)?;
+            preview1::fd_allocate(&mut guest.wasi, &mut memory, fd, at, len)
+        },
+    )?;
+    Ok(())
+}
+
+/// What an array of buffers holds, in bytes; `None` when it isn't in memory.
+fn written_bytes(caller: &mut Caller<'_, Guest>, iovs: i32, count: i32) -> Result<Option<u64>> {
+    let memory = caller.data().handles()?.memory;
+    let bytes = memory.data(&*caller);
+    let sum = (0..(count as u32).min(IOVECS_MAX)).try_fold(0u64, |sum, at| {
+        let entry = (iovs as u32).checked_add(at.checked_mul(8)?)?;
+        Some(sum + u64::from(read_u32(bytes, entry.checked_add(4)?)?))
+    });
+    Ok(sum.filter(|_| count as u32 <= IOVECS_MAX))
+}
+
+/// `fd_write`: the two streams are captured here, files are charged.
+async fn fd_write(
+    mut caller: Caller<'_, Guest>,
+    fd: i32,
+    iovs: i32,
+    count: i32,
+    out: i32,
+) -> Result<i32> {
+    let Some(bytes) = written_bytes(&mut caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
+    charge_bytes(&mut caller, bytes)?;
+    if !matches!(fd, 1 | 2) {
+        if !caller.data_mut().files.reserve(fd as u32, bytes) {
+            return Ok(ERRNO_NOSPC);
+        }
+        let (mut memory, guest) = parts(&mut caller)?;
+        return preview1::fd_write(&mut guest.wasi, &mut memory, fd, iovs, count, out).await;
+    }
+    let memory = caller.data().handles()?.memory;
+    let (memory, guest) = memory.data_and_store_mut(&mut caller);
+    let stream = if fd == 1 { &mut guest.streams.stdout } else { &mut guest.streams.stderr };
+    let mut total = 0u32;
+    for at in 0..count as u32 {
+        let entry = iovs as u32 + at * 8;
+        let buffer = read_u32(memory, entry)
+            .zip(read_u32(memory, entry + 4))
+            .and_then(|(ptr, len)| guest_slice(memory, ptr, len));
+        let Some(buffer) = buffer else { return Ok(ERRNO_FAULT) };
+        let Some(sum) = total.checked_add(buffer.len() as u32) else { return Ok(ERRNO_INVAL) };
+        total = sum;
+        stream.write(buffer);
+    }
+    Ok(if write_u32(memory, out as u32, total) { ERRNO_SUCCESS } else { ERRNO_FAULT })
+}
+
+/// Functions of one path: routed, and charged when they make something.
+fn add_paths(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "path_open",
+        |caller: Caller<'_, Guest>, args: (i32, i32, i32, i32, i32, i64, i64, i32, i32)| {
+            Box::new(path_open(caller, args))
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_create_directory",
+        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                if !caller.data_mut().files.reserve(fd as u32, DIRECTORY_BYTES) {
+                    return Ok(ERRNO_NOSPC);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::path_create_directory(&mut guest.wasi, &mut memory, fd, ptr, len).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_filestat_get",
+        |mut caller: Caller<'_, Guest>, (fd, flags, ptr, len, out): (i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_filestat_get(wasi, &mut memory, fd, flags, ptr, len, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_filestat_set_times",
+        |mut caller: Caller<'_, Guest>,
+         (fd, flags, ptr, len, atim, mtim, fst): (i32, i32, i32, i32, i64, i64, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_filestat_set_times(
+                    wasi, &mut memory, fd, flags, ptr, len, atim, mtim, fst,
+                )
+                .await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_readlink",
+        |mut caller: Caller<'_, Guest>,
+         (fd, ptr, len, buf, buf_len, out): (i32, i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_readlink(wasi, &mut memory, fd, ptr, len, buf, buf_len, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_remove_directory",
+        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::path_remove_directory(&mut guest.wasi, &mut memory, fd, ptr, len).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_unlink_file",
+        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::path_unlink_file(&mut guest.wasi, &mut memory, fd, ptr, len).await
+            })
+        },
+    )?;
+    Ok(())
+}
+
+async fn path_open(
+    mut caller: Caller<'_, Guest>,
+    (fd, dirflags, ptr, len, oflags, rights, inheriting, fdflags, out): (
+        i32,
+        i32,
+        i32,
+        i32,
+        i32,
+        i64,
+        i64,
+        i32,
+        i32,
+    ),
+) -> Result<i32> {
+    let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+    if oflags & OFLAGS_CREAT != 0 && !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
+        return Ok(ERRNO_NOSPC);
+    }
+    let (mut memory, guest) = parts(&mut caller)?;
+    let wasi = &mut guest.wasi;
+    let errno = preview1::path_open(
+        wasi, &mut memory, fd, dirflags, ptr, len, oflags, rights, inheriting, fdflags, out,
+    )
+    .await?;
+    if errno == ERRNO_SUCCESS {
+        let memory = caller.data().handles()?.memory;
+        if let Some(opened) = read_u32(memory.data(&caller), out as u32) {
+            caller.data_mut().files.opened(fd as u32, opened);
+        }
+    }
+    Ok(errno)
+}
+
+/// Functions of two paths.
+fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "path_rename",
+        |mut caller: Caller<'_, Guest>,
+         (fd, ptr, len, to_fd, to_ptr, to_len): (i32, i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_rename(wasi, &mut memory, fd, ptr, len, to_fd, to_ptr, to_len).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_link",
+        |mut caller: Caller<'_, Guest>,
+         (fd, flags, ptr, len, to_fd, to_ptr, to_len): (i32, i32, i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
+                if !caller.data_mut().files.reserve(to_fd as u32, FILE_BYTES) {
+                    return Ok(ERRNO_NOSPC);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_link(wasi, &mut memory, fd, flags, ptr, len, to_fd, to_ptr, to_len)
+                    .await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_symlink",
+        |mut caller: Caller<'_, Guest>,
+         (ptr, len, fd, to_ptr, to_len): (i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, to_ptr, to_len) = route(&mut caller, fd, to_ptr, to_len)?;
+                if !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
+                    return Ok(ERRNO_NOSPC);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::path_symlink(&mut guest.wasi, &mut memory, ptr, len, fd, to_ptr, to_len)
+                    .await
+            })
+        },
+    )?;
+    Ok(())
+}
+
+/// Size of a subscription and of an event (`typenames.witx`), and offsets in them.
+const SUBSCRIPTION_BYTES: usize = 48;
+const EVENT_BYTES: usize = 32;
+const SUBSCRIPTION_TAG: usize = 8;
+const SUBSCRIPTION_CLOCK: usize = 16;
+const SUBSCRIPTION_TIMEOUT: usize = 24;
+const SUBSCRIPTION_FLAGS: usize = 40;
+/// `subclockflags.subscription_clock_abstime`.
+const FLAG_ABSTIME: u8 = 1;
+/// Subscriptions that one poll may hold; wasmtime-wasi allocates for each.
+const SUBSCRIPTIONS_MAX: u32 = 1024;
+
+/// `poll_oneoff`, which is how Python sleeps: limits reach it, and a virtual clock doesn't wait.
+///
+/// A poll with a descriptor in it is left to wasmtime-wasi: files and streams are always ready, so
+/// that it answers at once.
+async fn poll_oneoff(
+    mut caller: Caller<'_, Guest>,
+    subs: i32,
+    events: i32,
+    count: i32,
+    out: i32,
+) -> Result<i32> {
+    if !(1..=SUBSCRIPTIONS_MAX).contains(&(count as u32)) {
+        return Ok(ERRNO_INVAL);
+    }
+    let memory = caller.data().handles()?.memory;
+    let length = count as u32 * SUBSCRIPTION_BYTES as u32;
+    let Some(all) = guest_slice(memory.data(&caller), subs as u32, length).map(<[u8]>::to_vec) else {
+        return Ok(ERRNO_FAULT);
+    };
+    let mut first: Option<(u64, &[u8])> = None;
+    for subscription in all.chunks_exact(SUBSCRIPTION_BYTES) {
+        if subscription[SUBSCRIPTION_TAG] != 0 {
+            let (mut memory, guest) = parts(&mut caller)?;
+            return preview1::poll_oneoff(&mut guest.wasi, &mut memory, subs, events, count, out).await;
+        }
+        let Some(ns) = sleep_ns(&mut caller, subscription, events)? else { return Ok(ERRNO_INVAL) };
+        if first.is_none_or(|(least, _)| ns < least) {
+            first = Some((ns, subscription));
+        }
+    }
+    let Some((ns, subscription)) = first else { return Ok(ERRNO_INVAL) };
+    match caller.data().clock.clone() {
+        Some(clock) => {
+            clock.advance(ns);
+        }
+        None => {
+            let sleep = tokio::time::sleep(Duration::from_nanos(ns));
+            // Woken early by a stop, the sleep looks complete; the exception comes right after.
+            wait_outside(&mut caller, sleep).await?;
+        }
+    }
+    write_clock_event(&mut caller, subscription, events, out)
+}
+
+/// How long a clock subscription sleeps. `scratch` is where the guest expects events, free until
+/// one is written. `None` for a clock that doesn't exist.
+fn sleep_ns(
+    caller: &mut Caller<'_, Guest>,
+    subscription: &[u8],
+    scratch: i32,
+) -> Result<Option<u64>> {
+    let word = |at: usize| subscription[at..at + 8].try_into().expect("eight bytes");
+    let timeout = u64::from_le_bytes(word(SUBSCRIPTION_TIMEOUT));
+    if subscription[SUBSCRIPTION_FLAGS] & FLAG_ABSTIME == 0 {
+        return Ok(Some(timeout));
+    }
+    let clock = i32::from_le_bytes(
+        subscription[SUBSCRIPTION_CLOCK..SUBSCRIPTION_CLOCK + 4].try_into().expect("four bytes"),
+    );
+    let (mut memory, guest) = parts(caller)?;
+    let errno = preview1::clock_time_get(&mut guest.wasi, &mut memory, clock, 0, scratch)?;
+    if errno != ERRNO_SUCCESS {
+        return Ok(None);
+    }
+    let memory = caller.data().handles()?.memory;
+    let now = guest_slice(memory.data(&*caller), scratch as u32, 8);
+    let now = now.map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+    Ok(now.map(|now| timeout.saturating_sub(now)))
+}
+
+/// Writes the one event "the clock of this subscription has come".
+fn write_clock_event(
+    caller: &mut Caller<'_, Guest>,
+    subscription: &[u8],
+    events: i32,
+    out: i32,
+) -> Result<i32> {
+    let memory = caller.data().handles()?.memory;
+    let bytes = memory.data_mut(caller);
+    let start = events as u32 as usize;
+    let Some(event) = bytes.get_mut(start..start.saturating_add(EVENT_BYTES)) else {
+        return Ok(ERRNO_FAULT);
+    };
+    event.fill(0);
+    event[..8].copy_from_slice(&subscription[..8]);
+    Ok(if write_u32(bytes, out as u32, 1) { ERRNO_SUCCESS } else { ERRNO_FAULT })
+}
