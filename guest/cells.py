@@ -11,6 +11,8 @@ from .values import type_name
 VALUE = "__kaa_value__"  # Holds the value of the last statement from its evaluation to the end of the cell.
 SOURCES_MAX = 50
 SOURCE_CHARS_MAX = 1_000_000
+# Frames that a traceback shows, from the cell's own on: looking at a million takes longer than making them.
+FRAMES_MAX = 2000
 TRACEBACK_CHARS_MAX = 64 * 1024
 _ONLY_AST = 0x400  # ast.PyCF_ONLY_AST; importing `ast` costs more than a first cell.
 _STORES = tuple(opcode.opmap[name] for name in ("STORE_NAME", "STORE_GLOBAL") if name in opcode.opmap)
@@ -128,7 +130,7 @@ def stored_names(code):
 def format_exception(error, sources):
     """The traceback as CPython prints it, without the agent's frames, bounded. May run code of the cell."""
     sources.restore()
-    formatted = TracebackException(type(error), error, error.__traceback__)
+    formatted = TracebackException(type(error), error, error.__traceback__, limit=FRAMES_MAX)
     _strip(formatted, _set())
     text = "".join(_format(formatted))
     return cut_middle(text, TRACEBACK_CHARS_MAX)

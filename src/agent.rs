@@ -32,6 +32,9 @@ const VARIABLES_MAX: usize = 1_000;
 /// Characters that OpenEnv keeps of each stream.
 const OPENENV_OUTPUT_CHARS: usize = 8_192;
 
+/// The exception class of a soft stop, as the agent names it.
+const LIMIT_EXCEPTION: &str = "LimitReached";
+
 /// Names that belong to the profiles; neither variables nor tools may take them.
 pub(crate) const RESERVED_NAMES: &[&str] = &[
     "FINAL", "FINAL_VAR", "SHOW_VARS", "answer", "context", "history", "llm_batch", "llm_query",
@@ -392,21 +395,21 @@ impl Conversation {
         usage: Usage,
     ) -> Result<Execution> {
         let (report, _) = reply.parse::<CellReport>()?;
-        let stopped = report.limit.is_some();
-        let outcome = match report.outcome.as_str() {
-            "completed" => Outcome::Completed,
-            "raised" if stopped && self.stop.is_some_and(|limit| limit != Limit::Interrupt) => {
-                Outcome::LimitReached
-            }
-            "raised" => Outcome::Raised,
-            "exited" => Outcome::Exited { code: report.exit_code.unwrap_or(0) as i32 },
-            other => return Err(Error::protocol(format!("unknown outcome `{other}`"))),
-        };
         let exception = report.exception.map(|exception| Exception {
             type_name: exception.type_name,
             message: exception.message,
             traceback: exception.traceback,
         });
+        // A cell can catch the soft stop and then raise something else: that's its own outcome.
+        let stopped = exception.as_ref().is_some_and(|e| e.type_name == LIMIT_EXCEPTION)
+            && self.stop.is_some_and(|limit| limit != Limit::Interrupt);
+        let outcome = match report.outcome.as_str() {
+            "completed" => Outcome::Completed,
+            "raised" if stopped => Outcome::LimitReached,
+            "raised" => Outcome::Raised,
+            "exited" => Outcome::Exited { code: report.exit_code.unwrap_or(0) as i32 },
+            other => return Err(Error::protocol(format!("unknown outcome `{other}`"))),
+        };
         Ok(Execution {
             outcome,
             limit: self.stop,

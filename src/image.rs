@@ -86,6 +86,13 @@ pub(crate) struct GlobalRecord {
     pub(crate) bits: u64,
 }
 
+/// Addresses of the agent's turn in the memory: a code object and its globals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    pub(crate) code: u32,
+    pub(crate) names: u32,
+}
+
 /// What an image is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageManifest {
@@ -107,6 +114,7 @@ pub struct ImageManifest {
     /// Whether it brings files of its own.
     pub site: bool,
     pub(crate) globals: Vec<GlobalRecord>,
+    pub(crate) entry: Entry,
     /// Where in the memory a `.` stands: see `wasm/files.rs`.
     pub(crate) dot: u32,
     pub(crate) files: Vec<FileRecord>,
@@ -544,6 +552,7 @@ mod tests {
             memory_bytes: 6,
             site: false,
             globals: vec![],
+            entry: Entry { code: 0, names: 0 },
             dot: 0,
             files: vec![FileRecord::of(draft.path(), "memory.bin").unwrap()],
         };

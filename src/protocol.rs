@@ -136,8 +136,6 @@ pub(crate) struct CellReport {
     pub(crate) variables: Vec<VariableReport>,
     #[serde(default)]
     pub(crate) final_answer: Option<String>,
-    #[serde(default)]
-    pub(crate) limit: Option<String>,
 }
 
 /// A call for language models from inside a cell.

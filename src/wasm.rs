@@ -20,6 +20,7 @@ mod module;
 mod pins;
 mod recipe;
 mod session;
+mod stack;
 mod wasi;
 
 use std::collections::HashMap;
@@ -134,6 +135,12 @@ impl Runtime {
     #[must_use]
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// Whether the compiled guest is in the store and sound, so that making an image takes seconds.
+    #[must_use]
+    pub fn is_set_up(&self) -> bool {
+        module::load(&self.store, &self.engine).is_ok()
     }
 
     /// The image of this name: from memory, from the store, or, for the images that come with Kaa
@@ -265,12 +272,9 @@ impl Runtime {
                 let manifest = &guests.compiled.manifest;
                 let memory = guests.compiled.memory()?;
                 let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
-                let start = Start {
-                    engine: self.engine.clone(),
-                    module: guests.pre.clone(),
-                    memory,
-                    globals: manifest.globals.clone(),
-                };
+                let globals = manifest.globals.clone();
+                let start =
+                    Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
                 Parent { start: Arc::new(start), manifest: None }
             }
         };
@@ -289,12 +293,8 @@ impl Runtime {
             });
         }
         let memory = boot::open_memory(&self.store.image(&manifest.key), manifest.memory_bytes)?;
-        let start = Start {
-            engine: self.engine.clone(),
-            module: guests.pre.clone(),
-            memory,
-            globals: manifest.globals.clone(),
-        };
+        let globals = manifest.globals.clone();
+        let start = Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
         let key = manifest.key.clone();
         let image = Image(Arc::new(ImageInner { manifest, start: Arc::new(start), guests }));
         self.loaded().images.insert(key, image.clone());

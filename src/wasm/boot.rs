@@ -16,13 +16,13 @@ use super::memory::MemoryImage;
 use super::module::CompiledGuest;
 use super::pins::pins;
 use super::recipe::Recipe;
-use super::session::{Session, Start, TurnEnd};
+use super::session::{Session, Start, Turn, TurnEnd};
 use super::wasi::{self, Directories, VirtualClock};
 use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
 use crate::capture::Capture;
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
-use crate::image::{FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private};
+use crate::image::{Entry, FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private};
 use crate::limits::Limits;
 use crate::policy::{Clock, Mount, Policy};
 use crate::protocol::Message;
@@ -89,7 +89,7 @@ pub(crate) fn build(
     let fresh = parent.manifest.is_none();
     // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
     // called from anywhere.
-    let (session, dot) = std::thread::scope(|scope| {
+    let booted = std::thread::scope(|scope| {
         let boot = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
             let runtime = runtime.map_err(|e| Error::io("starting a runtime for the boot", e))?;
@@ -97,7 +97,7 @@ pub(crate) fn build(
         });
         boot.join().unwrap_or_else(|_| Err(Error::Internal("the boot panicked".into())))
     })?;
-    let mut session = session;
+    let Booted { mut session, dot, entry } = booted;
     let (memory, globals) = session.state();
     let memory_bytes = memory.len() as u64;
     write_memory(&draft.path().join(MEMORY), memory)?;
@@ -123,6 +123,7 @@ pub(crate) fn build(
         memory_bytes,
         site,
         globals,
+        entry,
         dot,
         files,
     };
@@ -159,14 +160,21 @@ fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Resul
     })
 }
 
-/// Everything that runs in the guest, in order. Gives the session back, and where its `.` stands.
+/// A guest that is ready to be saved.
+struct Booted {
+    session: Session,
+    dot: u32,
+    entry: Entry,
+}
+
+/// Everything that runs in the guest, in order.
 async fn boot(
     mut session: Session,
     fresh: bool,
     mut dot: u32,
     recipe: &Recipe,
     site: bool,
-) -> Result<(Session, u32)> {
+) -> Result<Booted> {
     if fresh {
         session
             .call_initialize()
@@ -200,8 +208,14 @@ async fn boot(
     if let Some((path, source)) = &recipe.setup {
         setup(&mut session, path, source).await?;
     }
-    turn(&mut session, TURN, Some(Message::new(json!({ "op": "freeze" })))).await?;
-    Ok((session, dot))
+    let reply = turn(&mut session, TURN, Some(Message::new(json!({ "op": "freeze" })))).await?;
+    let address = |name: &str| {
+        let address = reply.header.get(name).and_then(serde_json::Value::as_u64);
+        let address = address.and_then(|address| u32::try_from(address).ok());
+        address.ok_or_else(|| Error::protocol("the agent did not say where its turn is"))
+    };
+    let entry = Entry { code: address("code")?, names: address("names")? };
+    Ok(Booted { session, dot, entry })
 }
 
 async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
@@ -216,14 +230,14 @@ async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
     Err(Error::invalid(format!("setup code {path}"), traceback.to_owned()))
 }
 
-async fn turn(session: &mut Session, line: &str, request: Option<Message>) -> Result<Message> {
+async fn turn(session: &mut Session, line: &'static str, request: Option<Message>) -> Result<Message> {
     let limits = Limits::unlimited();
     let expects_reply = request.is_some();
     let guest = session.guest_mut();
     guest.streams =
         Streams { stdout: Capture::new(OUTPUT_BYTES), stderr: Capture::new(OUTPUT_BYTES) };
     guest.conversation.begin(request, &limits);
-    let (end, _) = session.turn(line, &limits).await;
+    let (end, _) = session.turn(Turn::Source(line), &limits).await;
     let guest = session.guest_mut();
     let what = match end {
         TurnEnd::Returned if !expects_reply => {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use wasmtime::{Config, Engine, OptLevel};
 
 use super::memory::{GC_GUARD, GC_RESERVATION, GUARD, RESERVATION, SlotCreator};
+use super::stack::StackPool;
 use crate::error::{Error, Result};
 
 /// Stack that compiled guest code may use. CPython's own recursion checks count on 8 MiB.
@@ -36,6 +37,7 @@ fn config() -> Config {
         .gc_heap_may_move(false)
         .gc_heap_initial_size(0)
         .with_host_memory(Arc::new(SlotCreator))
+        .with_host_stack(Arc::new(StackPool::default()))
         .cranelift_opt_level(OptLevel::Speed)
         .concurrency_support(false)
         // Nobody unwinds or symbolizes guest code; leaving the tables out halves the artifact.

@@ -12,9 +12,9 @@ use super::boot::{SITE, site_mount};
 use super::budget::Budget;
 use super::files::{Files, Scratch};
 use super::guest::{Guest, Halt, MemoryLimit, Signal};
-use super::session::{Session, TurnEnd};
+use super::session::{Session, Turn, TurnEnd};
 use super::wasi::{self, Directories, VirtualClock};
-use crate::agent::{Conversation, Streams, TURN, check_name, check_tool, variables};
+use crate::agent::{Conversation, Streams, check_name, check_tool, variables};
 use crate::capture::Capture;
 use crate::environment::{
     Capabilities, Context, Environment, EnvironmentOptions, Exception, ExecuteOptions, Execution,
@@ -46,8 +46,7 @@ pub struct WasmEnvironment {
     limits: Limits,
     /// Tools that were registered since the last turn: the session may be away, being saved.
     new_tools: Vec<Tool>,
-    // Holds the compiled code and the files that the session's memory is mapped from.
-    _image: Image,
+    image: Image,
 }
 
 enum State {
@@ -83,8 +82,12 @@ impl WasmEnvironment {
             signal,
             limits: options.limits,
             new_tools: Vec::new(),
-            _image: image.clone(),
+            image: image.clone(),
         })
+    }
+
+    fn turn(&self) -> Turn {
+        Turn::Entry(self.image.manifest().entry)
     }
 
     /// The session, when no checkpoint is being taken and nothing of a dropped turn is left.
@@ -148,10 +151,11 @@ impl WasmEnvironment {
             ..Limits::default()
         };
         let sent_bytes = request.body.len();
+        let turn = self.turn();
         let session = self.session().await?;
         session.guest_mut().streams = streams(QUIET_OUTPUT_BYTES);
         session.guest_mut().conversation.begin(Some(request), &limits);
-        let (end, _) = session.turn(TURN, &limits).await;
+        let (end, _) = session.turn(turn, &limits).await;
         let guest = session.guest_mut();
         let refused = guest.refused_bytes.take();
         let reply = match end {
@@ -220,6 +224,23 @@ impl WasmEnvironment {
     }
 }
 
+impl Drop for WasmEnvironment {
+    fn drop(&mut self) {
+        let state = std::mem::replace(&mut self.state, State::Lost("dropped".into()));
+        // Outside a runtime the instance is not worth a wait: it's simply dropped.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        match state {
+            State::Ready(session) => drop(runtime.spawn_blocking(move || session.recycle())),
+            State::Saving(task) => drop(runtime.spawn(async move {
+                if let Ok(session) = task.await {
+                    tokio::task::spawn_blocking(move || session.recycle());
+                }
+            })),
+            State::Lost(_) => {}
+        }
+    }
+}
+
 #[async_trait]
 impl Environment for WasmEnvironment {
     fn status(&self) -> Status {
@@ -248,12 +269,13 @@ impl Environment for WasmEnvironment {
     async fn execute_opts(&mut self, code: &str, options: ExecuteOptions) -> Result<Execution> {
         let limits = options.limits.unwrap_or_else(|| self.limits.clone());
         limits.validate()?;
+        let turn = self.turn();
         let session = self.session().await?;
         let guest = session.guest_mut();
         guest.streams = streams(limits.output_bytes as usize);
         let request = guest.conversation.cell(code);
         guest.conversation.begin(Some(request), &limits);
-        let (end, usage) = session.turn(TURN, &limits).await;
+        let (end, usage) = session.turn(turn, &limits).await;
         if !matches!(end, TurnEnd::Returned) {
             return self.stopped(end, usage);
         }
@@ -344,10 +366,7 @@ impl Environment for WasmEnvironment {
     }
 
     async fn close(mut self: Box<Self>) -> Result<()> {
-        if let State::Saving(task) = self.state {
-            // What it saves is of no use any more, but it holds the session.
-            let _ = task.await;
-        }
+        self.saved().await;
         match self.scratch.take() {
             Some(scratch) => scratch.close(),
             None => Ok(()),

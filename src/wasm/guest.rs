@@ -6,20 +6,23 @@
 
 use std::fmt;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use tokio::sync::Notify;
 use wasmtime::{Caller, Global, Linker, Memory, ResourceLimiter, TypedFunc, Val};
+use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::p1::WasiP1Ctx;
 
 use super::budget::{Budget, Verdict};
 use super::files::Files;
 use super::wasi::VirtualClock;
 use crate::agent::{Answer, Conversation, Streams};
+use crate::environment::EnvironmentOptions;
 use crate::error::Error;
-use crate::limits::Limit;
+use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
 
 /// Bytes that cost one unit of fuel when the host moves them for the guest.
@@ -88,7 +91,10 @@ pub(crate) struct Handles {
     pub(crate) fuel: Option<Global>,
     pub(crate) host_alloc: TypedFunc<i32, i32>,
     pub(crate) interrupt: TypedFunc<i32, i32>,
-    pub(crate) turn: TypedFunc<(i32, i32), i32>,
+    /// Runs source as a cell of a REPL.
+    pub(crate) run_source: TypedFunc<(i32, i32), i32>,
+    /// `PyEval_EvalCode(code, globals, locals)`.
+    pub(crate) eval_code: TypedFunc<(i32, i32, i32), i32>,
     pub(crate) initialize: Option<TypedFunc<(), ()>>,
 }
 
@@ -168,6 +174,30 @@ impl Guest {
     /// function can do.
     pub(crate) fn handles(&self) -> wasmtime::Result<Handles> {
         self.handles.clone().ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
+    }
+
+    /// Lets go of everything that belongs to a tenant; only the instance's handles stay.
+    ///
+    /// # Errors
+    ///
+    /// None that a default configuration has.
+    pub(crate) fn vacate(&mut self) -> crate::error::Result<()> {
+        let limits = Limits::default();
+        *self = Self {
+            wasi: WasiCtxBuilder::new().build_p1(),
+            files: Files::new(Path::new(""), 0, &[], 0),
+            clock: None,
+            streams: Streams::default(),
+            conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
+            budget: Budget::start(limits),
+            memory_limit: MemoryLimit::new(0),
+            signal: Arc::default(),
+            handles: self.handles.take(),
+            fault: None,
+            refused_bytes: None,
+            running: false,
+        };
+        Ok(())
     }
 
     fn fault(&mut self, error: Error) -> wasmtime::Error {

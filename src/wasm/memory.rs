@@ -72,6 +72,11 @@ impl MemoryImage {
         self.bytes
     }
 
+    /// Makes `range` of `memory` as in the image.
+    pub(crate) fn copy_to(&self, memory: &mut [u8], range: Range<usize>) -> io::Result<()> {
+        self.file.read_exact_at(&mut memory[range.clone()], range.start as u64)
+    }
+
     /// Tells each page of `memory` that isn't as in the image; what can't be read counts as one.
     pub(crate) fn differing(&self, memory: &[u8], mut tell: impl FnMut(Range<usize>)) {
         const CHUNK: usize = 1 << 20;
@@ -93,7 +98,7 @@ impl MemoryImage {
 
 /// Address space that nothing else uses: inaccessible until a part of it is opened.
 #[derive(Debug)]
-struct Reservation {
+pub(super) struct Reservation {
     base: NonNull<u8>,
     bytes: usize,
 }
@@ -107,7 +112,7 @@ unsafe impl Send for Reservation {}
 unsafe impl Sync for Reservation {}
 
 impl Reservation {
-    fn new(bytes: usize) -> io::Result<Self> {
+    pub(super) fn new(bytes: usize) -> io::Result<Self> {
         #[expect(unsafe_code, reason = "reserves address space; the mm calls of rustix are unsafe")]
         // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
         let base = unsafe {
@@ -118,8 +123,46 @@ impl Reservation {
         Ok(Self { base, bytes })
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn addresses(&self) -> Range<usize> {
+        let start = self.base.as_ptr() as usize;
+        start..start + self.bytes
+    }
+
+    /// Gives the memory of `range`, which is open, back to the system: it reads as zeros.
+    pub(super) fn discard(&mut self, range: Range<usize>) -> io::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range of the reservation");
+        #[expect(unsafe_code, reason = "replaces pages of the value's own mapping")]
+        // SAFETY: the range lies in a mapping that this value owns, and `&mut self` is the only way
+        // to it at this moment.
+        unsafe {
+            let start = self.base.as_ptr().byte_add(range.start).cast();
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+            let writable = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap_anonymous(start, range.end - range.start, writable, flags)?;
+        }
+        Ok(())
+    }
+
+    /// The words of `range`, which must be open.
+    pub(super) fn words(&mut self, range: Range<usize>) -> &mut [u64] {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range of the reservation");
+        assert!(range.start.is_multiple_of(8) && range.end.is_multiple_of(8), "whole words");
+        #[expect(unsafe_code, reason = "refers to the value's own mapping")]
+        // SAFETY: the range lies in this value's mapping, is aligned, and callers ask only for pages
+        // that they opened; any bits are a `u64`. `&mut self` keeps everyone else away from it: what
+        // hands the mapping out (a stack) owns the value and asks when the fiber is gone.
+        unsafe {
+            let start = self.base.as_ptr().byte_add(range.start).cast::<u64>();
+            std::slice::from_raw_parts_mut(start, (range.end - range.start) / 8)
+        }
+    }
+
     /// Makes `range` readable and writable.
-    fn open(&self, range: Range<usize>) -> io::Result<()> {
+    pub(super) fn open(&self, range: Range<usize>) -> io::Result<()> {
         assert!(range.start <= range.end && range.end <= self.bytes, "a range of the reservation");
         #[expect(unsafe_code, reason = "opens pages of the value's own reservation")]
         // SAFETY: the range lies in a mapping that this value owns (checked above). Its pages hold

@@ -13,7 +13,7 @@ use super::fetch::{self, megabytes};
 use super::instrument::{GLOBAL_EXPORT_PREFIX, Options, instrument};
 use super::memory::WASM_PAGE;
 use super::pins::pins;
-use super::session::INTERRUPT_FUNCTION;
+use super::session::{EVAL_FUNCTION, INTERRUPT_FUNCTION};
 use crate::error::{Error, Result};
 use crate::image::{
     FORMAT, FileRecord, GlobalRecord, Progress, ProgressFn, Store, check_files, key, read_manifest,
@@ -21,7 +21,7 @@ use crate::image::{
 };
 
 /// Bumped when the rewriting of the module changes what comes out of it.
-const REWRITE_VERSION: u32 = 1;
+const REWRITE_VERSION: u32 = 2;
 const MANIFEST: &str = "module.json";
 const ARTIFACT: &str = "python.cwasm";
 const MEMORY: &str = "memory.bin";
@@ -134,8 +134,8 @@ pub(crate) fn build(
 
     let started = Instant::now();
     progress(Progress::Begin { step: "instrument", bytes: None });
-    let options =
-        Options { meter: true, export_functions: vec![INTERRUPT_FUNCTION.to_owned()] };
+    let export_functions = [INTERRUPT_FUNCTION, EVAL_FUNCTION].map(str::to_owned).to_vec();
+    let options = Options { meter: true, export_functions };
     let rewritten = instrument(&wasm, &options).map_err(|e| Error::Internal(e.to_string()))?;
     drop(wasm);
     let detail = format!("{} metered", megabytes(rewritten.module.len() as u64));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
 use wasmtime::{Engine, Instance, InstancePre, Store, Val};
@@ -13,7 +13,7 @@ use super::guest::{Guest, Halt, Handles};
 use super::instrument::{FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
 use super::memory::{MemoryImage, Slot, with_slot};
 use crate::error::{Error, Result};
-use crate::image::GlobalRecord;
+use crate::image::{Entry, GlobalRecord};
 use crate::limits::{Limits, Usage};
 
 /// The C-API function that makes a signal pending: the soft stop.
@@ -27,6 +27,44 @@ pub(crate) struct Start {
     pub(crate) module: InstancePre<Guest>,
     pub(crate) memory: Arc<MemoryImage>,
     pub(crate) globals: Vec<GlobalRecord>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// Instances per image that wait to be used again. Each keeps the pages resident that its sessions
+/// wrote, a megabyte or two.
+const IDLE_MAX: usize = 32;
+
+/// An instance whose memory is the image again.
+struct Idle {
+    slot: Arc<Slot>,
+    store: Store<Guest>,
+}
+
+impl Start {
+    pub(crate) fn new(
+        engine: Engine,
+        module: InstancePre<Guest>,
+        memory: Arc<MemoryImage>,
+        globals: Vec<GlobalRecord>,
+    ) -> Self {
+        Self { engine, module, memory, globals, idle: Mutex::default() }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The C-API function that evaluates the agent's turn.
+pub(crate) const EVAL_FUNCTION: &str = "PyEval_EvalCode";
+
+/// What a turn runs.
+#[derive(Clone, Copy)]
+pub(crate) enum Turn {
+    /// Source in `__main__`: before the agent is there, or its entry is known.
+    Source(&'static str),
+    /// The agent's entry.
+    Entry(Entry),
 }
 
 /// How a turn ended.
@@ -67,13 +105,48 @@ impl Session {
     /// [`Error::Io`] when there is no address space left, [`Error::Internal`] when the module
     /// doesn't fit the engine.
     pub(crate) fn new(start: Arc<Start>, guest: Guest) -> Result<Self> {
-        let slot = Arc::new(Slot::new(Arc::clone(&start.memory))?);
         let globals = start.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
-        let checkpoint =
-            Checkpoint { bytes: start.memory.bytes(), globals, ..Checkpoint::default() };
+        let bytes = start.memory.bytes();
+        let checkpoint = Checkpoint { bytes, globals, ..Checkpoint::default() };
+        let idle = start.idle().pop();
+        if let Some(Idle { slot, mut store }) = idle {
+            let before = std::mem::replace(store.data_mut(), guest);
+            let guest = store.data_mut();
+            guest.handles = before.handles;
+            guest.memory_limit.memory_bytes = bytes;
+            return Ok(Self { start, slot, store: Some(store), checkpoint });
+        }
+        let slot = Arc::new(Slot::new(Arc::clone(&start.memory))?);
         let mut session = Self { start, slot, store: None, checkpoint };
         session.instantiate(guest)?;
         Ok(session)
+    }
+
+    /// Ends the session and keeps its instance for another, if its memory can be made the image
+    /// again: every page that was written is copied back, and so are the globals.
+    ///
+    /// What the instance holds beside its memory doesn't carry anything over: the table never
+    /// changes (the module has no operator that writes to it), and the engine's heap of exceptions
+    /// can't be read by the guest.
+    pub(crate) fn recycle(mut self) {
+        let Some(mut store) = self.store.take() else { return };
+        let Some(handles) = store.data().handles.clone() else { return };
+        let image = Arc::clone(self.slot.image());
+        let grown = handles.memory.data_size(&store) != image.bytes();
+        if grown || store.data().running || self.start.idle().len() >= IDLE_MAX {
+            return;
+        }
+        let Ok(written) = self.slot.written() else { return };
+        let memory = handles.memory.data_mut(&mut store);
+        let copied = written.into_iter().all(|range| image.copy_to(memory, range).is_ok());
+        let globals = self.start.globals.iter().zip(&handles.globals);
+        let reset = globals.into_iter().all(|(record, global)| {
+            value_of(record).is_ok_and(|value| global.set(&mut store, value).is_ok())
+        });
+        if copied && reset && store.data_mut().vacate().is_ok() {
+            let idle = Idle { slot: Arc::clone(&self.slot), store };
+            self.start.idle().push(idle);
+        }
     }
 
     /// The store's data.
@@ -115,10 +188,10 @@ impl Session {
         Ok(())
     }
 
-    /// Runs one turn of the agent: the source line `line` in `__main__`.
+    /// Runs one turn of the agent.
     ///
     /// If the future is dropped, [`Guest::running`] stays set and the session must roll back.
-    pub(crate) async fn turn(&mut self, line: &str, limits: &Limits) -> (TurnEnd, Usage) {
+    pub(crate) async fn turn(&mut self, turn: Turn, limits: &Limits) -> (TurnEnd, Usage) {
         let store = self.store_mut();
         let handles = store.data().handles.clone().expect("an instance has handles");
         let guest = store.data_mut();
@@ -128,7 +201,7 @@ impl Session {
         guest.signal.take();
         guest.budget = Budget::start(limits.clone());
         let grant = Val::I64(guest.budget.grant());
-        let result = run(store, &handles, line, grant).await;
+        let result = run(store, &handles, turn, grant).await;
         let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
         let bytes = handles.memory.data_size(&*store) as u64;
         let guest = store.data_mut();
@@ -265,21 +338,31 @@ impl Checkpoint {
 async fn run(
     store: &mut Store<Guest>,
     handles: &Handles,
-    line: &str,
+    turn: Turn,
     grant: Val,
-) -> wasmtime::Result<i32> {
+) -> wasmtime::Result<()> {
     if let Some(fuel) = &handles.fuel {
         fuel.set(&mut *store, grant)?;
     }
-    let length = line.len() as i32;
-    let address = handles.host_alloc.call_async(&mut *store, length).await?;
-    let start = address as u32 as usize;
-    let target = handles.memory.data_mut(&mut *store).get_mut(start..start.saturating_add(line.len()));
-    let target = target.filter(|_| address != 0);
-    target
-        .ok_or_else(|| wasmtime::Error::msg("the guest has no memory left for a turn"))?
-        .copy_from_slice(line.as_bytes());
-    handles.turn.call_async(&mut *store, (address, length)).await
+    match turn {
+        Turn::Entry(Entry { code, names }) => {
+            let (code, names) = (code as i32, names as i32);
+            let result = handles.eval_code.call_async(store, (code, names, names)).await?;
+            // The agent catches everything and returns `None`, which is never freed.
+            wasmtime::ensure!(result != 0, "the agent raised an exception");
+        }
+        Turn::Source(line) => {
+            let length = line.len() as i32;
+            let address = handles.host_alloc.call_async(&mut *store, length).await?;
+            let start = address as u32 as usize;
+            let memory = handles.memory.data_mut(&mut *store);
+            let target = memory.get_mut(start..start.saturating_add(line.len()));
+            let target = target.filter(|_| address != 0);
+            target.ok_or_else(|| wasmtime::Error::msg("no memory"))?.copy_from_slice(line.as_bytes());
+            handles.run_source.call_async(&mut *store, (address, length)).await?;
+        }
+    }
+    Ok(())
 }
 
 fn classify(error: &wasmtime::Error) -> TurnEnd {
@@ -306,13 +389,15 @@ fn exports(
         mutable.push(global.ok_or_else(|| missing(&record.export))?);
     }
     let interrupt = format!("{FUNCTION_EXPORT_PREFIX}{INTERRUPT_FUNCTION}");
+    let eval_code = format!("{FUNCTION_EXPORT_PREFIX}{EVAL_FUNCTION}");
     Ok(Handles {
         memory,
         globals: mutable,
         fuel,
         host_alloc: instance.get_typed_func(&mut *store, "host_alloc")?,
         interrupt: instance.get_typed_func(&mut *store, &interrupt)?,
-        turn: instance.get_typed_func(&mut *store, "turn")?,
+        run_source: instance.get_typed_func(&mut *store, "turn")?,
+        eval_code: instance.get_typed_func(&mut *store, &eval_code)?,
         initialize: instance.get_typed_func(&mut *store, "_initialize").ok(),
     })
 }

@@ -1,0 +1,199 @@
+//! The command line: flags as typed (`flags`, the structs of clap), what they mean (`session::Plan`),
+//! and what is done (`run`, `repl`, `image`, `doctor`).
+//!
+//! Only this layer reads the process's environment, prints, and exits. It sees the library through
+//! its public API, as any other user.
+
+mod complete;
+mod console;
+mod doctor;
+mod flags;
+mod image;
+mod progress;
+mod record;
+mod repl;
+mod run;
+mod session;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use kaa::{Error, Outcome};
+
+use self::console::Console;
+
+const USAGE: u8 = 2;
+const LIMIT: u8 = 124;
+const FAILED: u8 = 125;
+/// 128 and the number of `SIGINT`, as a shell reports it.
+const INTERRUPTED: u8 = 130;
+
+const AFTER_HELP: &str = "\
+Exit status, of the last cell:
+  0    the cell completed
+  1    an exception left it
+  N    it ended itself with sys.exit(N); 134 when the guest aborted
+  2    wrong usage: a flag, or a file that a flag names
+  124  a limit stopped it: fuel, compute time or wall time
+  125  Kaa itself could not do its job
+  130  Ctrl-C
+A cell may exit with these numbers too; `kaa run --json` tells them apart.
+
+Environment:
+  KAA_CACHE  directory of images and compiled code (default: `kaa` in the user's cache directory,
+             such as ~/.cache/kaa). Only you may have access to it.
+
+The first use on a machine downloads and compiles CPython, which takes some minutes and about 600 MB.";
+
+/// Runs Python that nobody has read yet, in a WebAssembly sandbox.
+///
+/// The code sees no files, no network and no environment variables of this machine unless a flag
+/// gives them, and can spend only so much time, memory and output.
+#[derive(Debug, Parser)]
+#[command(name = "kaa", version, after_long_help = AFTER_HELP, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run cells of Python in a new session
+    ///
+    /// Each cell's output is shown when the cell is done. On a terminal, control characters in it
+    /// are shown as ^X instead of being obeyed, since the output is the guest's; elsewhere all bytes
+    /// go through unchanged. Cells after one that raised still run.
+    #[command(after_long_help = AFTER_HELP)]
+    Run(Box<run::RunFlags>),
+    /// Type cells of Python into a session
+    ///
+    /// The value of the last expression is printed. Ctrl-C stops the running cell and keeps the
+    /// session. Commands begin with a colon: `:help` lists them. The history is kept in the cache
+    /// directory.
+    Repl(Box<repl::ReplFlags>),
+    /// Make, list and check the images that sessions start from
+    #[command(subcommand)]
+    Image(image::ImageCommand),
+    /// Say what works on this machine, and why the rest doesn't
+    Doctor,
+}
+
+/// How a command ended that could do its job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// As wanted.
+    Done,
+    /// With this cell's outcome.
+    Cell(Outcome),
+    /// By Ctrl-C.
+    Interrupted,
+    /// With the finding that Kaa doesn't work here.
+    Unusable,
+}
+
+/// Why a command could not do its job.
+#[derive(Debug)]
+enum Failure {
+    /// Something that the user typed, or a file named by it.
+    Usage(String),
+    /// Anything else.
+    Failed(String),
+    /// Nobody reads the output any more: no reason to complain.
+    Closed,
+}
+
+impl Failure {
+    fn usage(flag: &str, reason: impl std::fmt::Display) -> Self {
+        Self::Usage(format!("{flag}: {reason}"))
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Invalid { what, reason } => Self::Usage(format!("{}: {reason}", flag_of(&what))),
+            Error::Internal(_) => Self::Failed(format!("{error}; please report it")),
+            other => Self::Failed(other.to_string()),
+        }
+    }
+}
+
+/// What the user typed for a field of the library.
+fn flag_of(field: &str) -> &str {
+    match field {
+        "limits.memory_bytes" => "--memory",
+        "limits.output_bytes" => "--output",
+        "limits.disk_bytes" => "--disk",
+        "limits.fuel" => "--fuel",
+        "limits.compute" => "--compute",
+        "limits.wall" => "--wall",
+        "limits.grace" => "--grace",
+        other => other,
+    }
+}
+
+/// Runs the command that was typed.
+pub(crate) fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(flags) => run::run(*flags),
+        Command::Repl(flags) => repl::run(*flags),
+        Command::Image(command) => image::run(command),
+        Command::Doctor => doctor::run(),
+    };
+    if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {
+        Console::new(false).complain(message);
+    }
+    ExitCode::from(exit_code(&result))
+}
+
+/// The only place where exit codes are decided.
+fn exit_code(result: &Result<Ending, Failure>) -> u8 {
+    match result {
+        Ok(Ending::Done) | Err(Failure::Closed) => 0,
+        Ok(Ending::Cell(outcome)) => (cell_code(*outcome) & 0xff) as u8,
+        Ok(Ending::Interrupted) => INTERRUPTED,
+        Ok(Ending::Unusable) | Err(Failure::Failed(_)) => FAILED,
+        Err(Failure::Usage(_)) => USAGE,
+    }
+}
+
+/// The exit code of a cell as its code meant it, before the system cuts it to a byte.
+fn cell_code(outcome: Outcome) -> i32 {
+    match outcome {
+        Outcome::Completed => 0,
+        Outcome::Raised => 1,
+        Outcome::Exited { code } => code,
+        Outcome::LimitReached => LIMIT.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_are_those_of_the_table() {
+        for (outcome, code) in [
+            (Outcome::Completed, 0),
+            (Outcome::Raised, 1),
+            (Outcome::Exited { code: 7 }, 7),
+            (Outcome::Exited { code: -1 }, 255),
+            (Outcome::Exited { code: 256 }, 0),
+            (Outcome::Exited { code: 134 }, 134),
+            (Outcome::LimitReached, 124),
+        ] {
+            assert_eq!(exit_code(&Ok(Ending::Cell(outcome))), code, "{outcome:?}");
+        }
+        assert_eq!(exit_code(&Err(Failure::Closed)), 0);
+        assert_eq!(exit_code(&Err(Error::Closed.into())), 125);
+        let invalid = Error::Invalid { what: "limits.wall".into(), reason: "too short".into() };
+        assert_eq!(exit_code(&Err(invalid.into())), 2);
+    }
+}

@@ -1,0 +1,295 @@
+//! The flags of a session, as typed, and what they mean.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use kaa::lm::{LmHandler, ScriptedHandler, SocketHandler};
+use kaa::{
+    Clock, Context, EnvironmentOptions, Limits, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, Mount,
+    OUTPUT_BYTES_MAX, Policy, Profile, Value,
+};
+
+use super::Failure;
+use super::session::Plan;
+use super::units::{Count, Size, Span};
+
+/// The last second that a clock of nanoseconds since 1970 can show.
+const CLOCK_SECONDS_MAX: u64 = u64::MAX / 1_000_000_000;
+
+/// What a session starts from, may reach and may spend.
+#[derive(Debug, Args)]
+pub(super) struct SessionFlags {
+    /// Image that the session starts from; see `kaa image list`
+    #[arg(long, value_name = "NAME", default_value = "base", help_heading = "Session")]
+    image: String,
+    /// Dialect of helpers that cells find: `rlm` has context, llm_query and answer; `openenv` also
+    /// prints the last value
+    #[arg(long, value_enum, default_value = "rlm", help_heading = "Session")]
+    profile: ProfileFlag,
+    /// Text that cells find as `context`, exactly as it is in the file; `-` reads stdin. Must be
+    /// UTF-8
+    #[arg(long, value_name = "FILE|-", help_heading = "Session")]
+    context: Option<PathBuf>,
+    /// JSON that cells find as `context`, as objects; next to --context it is `context_1`
+    #[arg(long, value_name = "FILE", help_heading = "Session")]
+    context_json: Option<PathBuf>,
+    /// Variable that cells find, its value in JSON; may be repeated
+    #[arg(long, value_name = "NAME=JSON", value_parser = variable, help_heading = "Session")]
+    var: Vec<(String, Value)>,
+    /// Makes all randomness of the session reproducible
+    #[arg(long, value_name = "NUMBER", help_heading = "Session")]
+    seed: Option<u64>,
+    /// Lets the session's clock start at this time, in seconds since 1970, and move only with the
+    /// session's own steps; with --seed every run is the same
+    #[arg(
+        long, value_name = "SECONDS", help_heading = "Session",
+        value_parser = clap::value_parser!(u64).range(..=CLOCK_SECONDS_MAX)
+    )]
+    fixed_clock: Option<u64>,
+    /// Wheel of the guest, if it has to be set up on a machine without network
+    #[arg(long, value_name = "PATH", help_heading = "Session")]
+    wheel: Option<PathBuf>,
+
+    /// Host directory that cells see at the path GUEST, read-only unless `:rw` follows; may be
+    /// repeated
+    #[arg(long, value_name = "HOST:GUEST[:rw]", value_parser = mount, help_heading = "Reach")]
+    mount: Vec<Mount>,
+    /// Environment variable that cells see; NAME alone copies it from here; may be repeated
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = env, help_heading = "Reach")]
+    env: Vec<(String, Option<String>)>,
+    /// Module that cells may import, and no others; may be repeated. Guides a model, isn't the wall
+    #[arg(
+        long, value_name = "NAME", help_heading = "Reach",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    allow_import: Vec<String>,
+    /// Address of an RLM LM handler that answers llm_query
+    #[arg(long, value_name = "HOST:PORT", value_parser = socket, conflicts_with = "lm_script", help_heading = "Reach")]
+    lm: Option<SocketHandler>,
+    /// File of rules that answer llm_query without any model; see examples/packages.lm.json
+    #[arg(long, value_name = "FILE", help_heading = "Reach")]
+    lm_script: Option<PathBuf>,
+
+    #[command(flatten)]
+    limits: LimitFlags,
+}
+
+/// Limits, all of them finite.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+struct LimitFlags {
+    /// Work per cell, in units of about one WebAssembly instruction; the same code costs the same
+    /// everywhere
+    #[arg(long, value_name = "UNITS", default_value_t = Count(Limits::default().fuel), value_parser = fuel)]
+    fuel: Count,
+    /// Time per cell that Python computes, not waits: `10`, `10s`, `500ms`, `2m`
+    #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().compute))]
+    compute: Span,
+    /// Time per cell from begin to end
+    #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().wall))]
+    wall: Span,
+    /// Compute time to end by itself for a cell that a limit stops; after it the session goes back
+    /// to the state before the cell
+    #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().grace))]
+    grace: Span,
+    /// Memory of the session in bytes, Python itself included: `512M`, `2G`; 64M to 4G
+    #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().memory_bytes), value_parser = memory)]
+    memory: Size,
+    /// Bytes kept of a cell's stdout and of its stderr; the rest is dropped and counted
+    #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().output_bytes), value_parser = output)]
+    output: Size,
+    /// Bytes of files in the session's /tmp, and written to mounts
+    #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().disk_bytes))]
+    disk: Size,
+    /// Prompts that a cell may send to language models
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().lm_calls)]
+    lm_calls: u32,
+    /// Calls of host functions that a cell may make
+    #[arg(long, value_name = "NUMBER", default_value_t = Limits::default().tool_calls)]
+    tool_calls: u32,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ProfileFlag {
+    Rlm,
+    Openenv,
+}
+
+impl SessionFlags {
+    /// What is meant. Reads the files that flags name; `stdin_taken` says by what stdin is read.
+    pub(super) fn resolve(self, stdin_taken: Option<&str>) -> Result<Plan, Failure> {
+        let limits = self.limits.resolve();
+        let mut contexts = Vec::new();
+        if let Some(path) = &self.context {
+            if path == Path::new("-")
+                && let Some(other) = stdin_taken
+            {
+                return Err(Failure::usage("--context -", format!("stdin is already {other}")));
+            }
+            contexts.push(Context::Text(read("--context", path, limits.memory_bytes)?));
+        }
+        if let Some(path) = &self.context_json {
+            if path == Path::new("-") {
+                return Err(Failure::usage("--context-json", "stdin can't be used here; name a file"));
+            }
+            contexts.push(Context::Json(read("--context-json", path, limits.memory_bytes)?));
+        }
+        if let Some(wheel) = &self.wheel {
+            exists("--wheel", wheel)?;
+        }
+        for mount in &self.mount {
+            if !mount.host.is_dir() {
+                let reason = format!("{} is not a directory", mount.host.display());
+                return Err(Failure::usage("--mount", reason));
+            }
+        }
+        let lm = match (self.lm, &self.lm_script) {
+            (Some(socket), _) => Some(Arc::new(socket) as Arc<dyn LmHandler>),
+            (None, Some(path)) => Some(script(path)?),
+            (None, None) => None,
+        };
+        let policy = Policy {
+            mounts: self.mount,
+            env: self.env.into_iter().map(host_value).collect::<Result<_, _>>()?,
+            clock: self.fixed_clock.map_or(Clock::Real, |s| Clock::Fixed(s * 1_000_000_000)),
+            seed: self.seed,
+            allowed_imports: (!self.allow_import.is_empty()).then_some(self.allow_import),
+        };
+        policy.validate()?;
+        let profile = match self.profile {
+            ProfileFlag::Rlm => Profile::Rlm,
+            ProfileFlag::Openenv => Profile::OpenEnv,
+        };
+        let options = EnvironmentOptions { limits, policy, profile, lm, ..Default::default() };
+        Ok(Plan { image: self.image, wheel: self.wheel, options, contexts, variables: self.var })
+    }
+}
+
+impl LimitFlags {
+    fn resolve(&self) -> Limits {
+        Limits {
+            fuel: self.fuel.0,
+            compute: self.compute.0,
+            wall: self.wall.0,
+            grace: self.grace.0,
+            memory_bytes: self.memory.0,
+            output_bytes: self.output.0,
+            disk_bytes: self.disk.0,
+            lm_calls: self.lm_calls,
+            tool_calls: self.tool_calls,
+            ..Limits::default()
+        }
+    }
+}
+
+/// Reads a file or stdin, at most what would fit into the session.
+pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    let result = if path == Path::new("-") {
+        std::io::stdin().lock().take(bytes_max + 1).read_to_end(&mut bytes)
+    } else {
+        std::fs::File::open(path)
+            .and_then(|file| file.take(bytes_max + 1).read_to_end(&mut bytes))
+    };
+    result.map_err(|e| Failure::usage(flag, format!("reading {}: {e}", path.display())))?;
+    if bytes.len() as u64 > bytes_max {
+        let reason = format!("{} is larger than the session's memory; see --memory", path.display());
+        return Err(Failure::usage(flag, reason));
+    }
+    Ok(bytes)
+}
+
+/// Whether a file or directory that a flag names is there.
+pub(super) fn exists(flag: &str, path: &Path) -> Result<(), Failure> {
+    let reason = |e| Failure::usage(flag, format!("{}: {e}", path.display()));
+    std::fs::metadata(path).map(drop).map_err(reason)
+}
+
+fn script(path: &Path) -> Result<Arc<dyn LmHandler>, Failure> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::usage("--lm-script", format!("reading {}: {e}", path.display())))?;
+    let handler = ScriptedHandler::from_json(&text)
+        .map_err(|e| Failure::usage("--lm-script", format!("{}: {e}", path.display())))?;
+    Ok(Arc::new(handler))
+}
+
+fn host_value((name, value): (String, Option<String>)) -> Result<(String, String), Failure> {
+    let refuse = |reason: &str| Failure::usage(&format!("--env {name}"), reason);
+    match value {
+        Some(value) => Ok((name, value)),
+        None => match std::env::var(&name) {
+            Ok(value) => Ok((name, value)),
+            Err(std::env::VarError::NotPresent) => {
+                Err(refuse("it is not set here; write NAME=VALUE to give it a value"))
+            }
+            Err(std::env::VarError::NotUnicode(_)) => Err(refuse("its value is not UTF-8")),
+        },
+    }
+}
+
+fn env(text: &str) -> Result<(String, Option<String>), String> {
+    let (name, value) = match text.split_once('=') {
+        Some((name, value)) => (name, Some(value.to_owned())),
+        None => (text, None),
+    };
+    if name.is_empty() {
+        return Err("the name is empty".into());
+    }
+    Ok((name.to_owned(), value))
+}
+
+fn variable(text: &str) -> Result<(String, Value), String> {
+    let (name, json) = text.split_once('=').ok_or("write NAME=JSON, for example n=5 or s='\"text\"'")?;
+    let value: serde_json::Value = serde_json::from_str(json).map_err(|e| {
+        format!("what follows the `=` must be JSON ({e}); a text needs quotes: {name}='\"text\"'")
+    })?;
+    // JSON's reader makes a float of what no machine word holds; Python has integers of any size.
+    let digits = json.trim().trim_start_matches('-');
+    if value.is_f64() && digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Ok((name.to_owned(), Value::BigInt(json.trim().to_owned())));
+    }
+    Ok((name.to_owned(), value.into()))
+}
+
+fn mount(text: &str) -> Result<Mount, String> {
+    Mount::parse(text).map_err(reason)
+}
+
+fn socket(text: &str) -> Result<SocketHandler, String> {
+    SocketHandler::new(text).map_err(reason)
+}
+
+/// The part of the library's message that clap's own doesn't say.
+fn reason(error: kaa::Error) -> String {
+    match error {
+        kaa::Error::Invalid { reason, .. } => reason,
+        other => other.to_string(),
+    }
+}
+
+fn fuel(text: &str) -> Result<Count, String> {
+    let count: Count = text.parse()?;
+    match count.0 {
+        0 => Err("it must be more than 0".into()),
+        units if units > i64::MAX as u64 => Err(format!("it must be at most {}", i64::MAX)),
+        _ => Ok(count),
+    }
+}
+
+fn memory(text: &str) -> Result<Size, String> {
+    within(text, MEMORY_BYTES_MIN, MEMORY_BYTES_MAX)
+}
+
+fn output(text: &str) -> Result<Size, String> {
+    within(text, 0, OUTPUT_BYTES_MAX)
+}
+
+fn within(text: &str, min: u64, max: u64) -> Result<Size, String> {
+    let size: Size = text.parse()?;
+    if (min..=max).contains(&size.0) {
+        return Ok(size);
+    }
+    Err(format!("it must be between {} and {}", Size(min), Size(max)))
+}

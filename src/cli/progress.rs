@@ -1,0 +1,78 @@
+//! The display of long steps: a bar or a spinner on a terminal, a line each elsewhere.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use kaa::Progress;
+
+use super::console::Console;
+
+/// Shows what [`kaa::Runtime`] reports.
+pub(super) struct Display {
+    console: Console,
+    open: Mutex<Option<(&'static str, Option<ProgressBar>)>>,
+}
+
+impl Display {
+    pub(super) fn new(console: Console) -> Self {
+        Self { console, open: Mutex::new(None) }
+    }
+
+    /// Takes one report.
+    pub(super) fn show(&self, progress: Progress) {
+        if self.console.quiet {
+            return;
+        }
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        match progress {
+            Progress::Begin { step, bytes } => {
+                let bar = self.console.err_terminal.then(|| bar(step, bytes));
+                if bar.is_none() {
+                    self.console.err(format!("kaa: {step} … ").as_bytes());
+                }
+                *open = Some((step, bar));
+            }
+            Progress::Advance { bytes } => {
+                if let Some((_, Some(bar))) = &*open {
+                    bar.set_position(bytes);
+                }
+            }
+            Progress::End { detail, elapsed } => {
+                let line = format!("{detail} ({:.1} s)\n", elapsed.as_secs_f64());
+                match open.take() {
+                    Some((step, Some(bar))) => {
+                        bar.finish_and_clear();
+                        self.console.err(format!("kaa: {step} … {line}").as_bytes());
+                    }
+                    _ => self.console.err(line.as_bytes()),
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A step that failed leaves its line open.
+impl Drop for Display {
+    fn drop(&mut self) {
+        match self.open.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            Some((_, Some(bar))) => bar.finish_and_clear(),
+            Some((_, None)) => self.console.err(b"\n"),
+            None => {}
+        }
+    }
+}
+
+fn bar(step: &'static str, bytes: Option<u64>) -> ProgressBar {
+    let (bar, template) = match bytes {
+        Some(bytes) => {
+            (ProgressBar::new(bytes), "kaa: {msg} {bar:30} {bytes}/{total_bytes} {elapsed}")
+        }
+        None => (ProgressBar::new_spinner(), "kaa: {msg} {spinner} {elapsed}"),
+    };
+    let style = ProgressStyle::with_template(template).expect("the template is constant");
+    let bar = bar.with_style(style).with_message(step);
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}

@@ -1,0 +1,320 @@
+//! `kaa repl`: cells from the keyboard, or line by line from a pipe.
+
+use std::io::{self, BufRead, IsTerminal};
+use std::path::PathBuf;
+
+use clap::Args;
+use kaa::{Environment, Execution, Profile, Usage};
+use rustyline::completion::Completer;
+use rustyline::error::ReadlineError;
+use rustyline::highlight::Highlighter;
+use rustyline::hint::Hinter;
+use rustyline::history::FileHistory;
+use rustyline::validate::Validator;
+use rustyline::{Config, Editor, Helper};
+use tokio::signal::unix::Signal;
+
+use super::complete::needs_more;
+use super::console::Console;
+use super::flags::SessionFlags;
+use super::session::{self, Plan};
+use super::units::megabytes;
+use super::{Ending, Failure};
+
+const PROMPT: &str = ">>> ";
+const PROMPT_MORE: &str = "... ";
+const INDENT: &str = "    ";
+const HISTORY_LINES_MAX: usize = 10_000;
+const HELP: &str = "\
+An empty line ends a block. Ctrl-C stops the running cell, Ctrl-D ends the session.
+:vars    list the variables
+:usage   what the last cell and the session have spent
+:reset   begin anew, with the contexts and variables of the command line
+:help    this text
+:quit    end the session
+";
+
+/// Flags of `kaa repl`.
+#[derive(Debug, Args)]
+pub(super) struct ReplFlags {
+    /// Say nothing on stderr about progress and limits
+    #[arg(long)]
+    quiet: bool,
+    #[command(flatten)]
+    session: SessionFlags,
+}
+
+/// Runs a session until its input ends.
+pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
+    let console = Console::new(flags.quiet);
+    let plan = flags.session.resolve(Some("where cells are typed"))?;
+    let (runtime, image) = session::prepare(&plan, console)?;
+    let mut input = Input::open(runtime.store().root().join("history"))?;
+    if matches!(input, Input::Keyboard { .. }) {
+        let python = &image.manifest().python;
+        console.note(&format!(
+            "Python {python} in WebAssembly, image `{}`. :help shows the commands.",
+            plan.image
+        ));
+    }
+    let reactor = session::reactor()?;
+    let interrupts = reactor.block_on(async { session::interrupts() })?;
+    let environment = reactor.block_on(async {
+        let mut environment: Box<dyn Environment> =
+            Box::new(runtime.environment(&image, plan.options.clone())?);
+        session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
+        Ok::<_, Failure>(environment)
+    })?;
+    let mut repl =
+        Repl { environment, plan, console, interrupts, reactor, last: None, total: Usage::default() };
+    let result = repl.take_cells(&mut input);
+    input.save();
+    let Repl { environment, reactor, .. } = repl;
+    let closed = reactor.block_on(environment.close());
+    reactor.shutdown_background();
+    result?;
+    closed?;
+    Ok(Ending::Done)
+}
+
+/// A session with someone in front of it.
+struct Repl {
+    environment: Box<dyn Environment>,
+    plan: Plan,
+    console: Console,
+    interrupts: Signal,
+    reactor: tokio::runtime::Runtime,
+    last: Option<Usage>,
+    total: Usage,
+}
+
+impl Repl {
+    fn take_cells(&mut self, input: &mut Input) -> Result<(), Failure> {
+        let mut cell = String::new();
+        loop {
+            let prompt = if cell.is_empty() { PROMPT } else { PROMPT_MORE };
+            match input.line(prompt)? {
+                Line::Text(line) if cell.is_empty() && line.starts_with(':') => {
+                    input.remember(&line);
+                    if line.trim() == ":quit" {
+                        return Ok(());
+                    }
+                    self.command(line.trim())?;
+                }
+                Line::Text(line) => {
+                    if cell.is_empty() && line.trim().is_empty() {
+                        continue;
+                    }
+                    cell.push_str(&line);
+                    cell.push('\n');
+                    if !needs_more(cell.strip_suffix('\n').unwrap_or(&cell)) {
+                        let cell = std::mem::take(&mut cell);
+                        input.remember(cell.trim_end());
+                        self.execute(&cell)?;
+                    }
+                }
+                Line::Cleared => cell.clear(),
+                Line::End => {
+                    if !cell.is_empty() {
+                        self.execute(&cell)?;
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn execute(&mut self, code: &str) -> Result<(), Failure> {
+        // Ctrl-C that came while nothing ran means nothing now.
+        self.reactor.block_on(async {
+            loop {
+                tokio::select! {
+                    biased;
+                    _ = self.interrupts.recv() => {}
+                    () = std::future::ready(()) => break,
+                }
+            }
+        });
+        let cell = session::execute(&mut *self.environment, code, &mut self.interrupts);
+        match self.reactor.block_on(cell) {
+            Ok(execution) => self.show(&execution),
+            Err(error) => {
+                self.console.complain(&error.to_string());
+                if error.poisons() {
+                    self.console.complain("the session is lost; :reset begins anew");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn show(&mut self, execution: &Execution) -> Result<(), Failure> {
+        self.console.out(&execution.stdout.bytes)?;
+        let open_line = execution.stdout.bytes.last().is_some_and(|byte| *byte != b'\n');
+        // In the other profile the value is part of the output.
+        let value = execution.value.as_ref().filter(|_| self.plan.options.profile == Profile::Rlm);
+        if open_line && (value.is_some() || self.console.out_terminal) {
+            self.console.out(b"\n")?;
+        }
+        if let Some(value) = value {
+            self.console.line(value)?;
+        }
+        self.console.err(&execution.stderr.bytes);
+        for remark in session::remarks("the cell", execution) {
+            self.console.note(&remark);
+        }
+        if let kaa::Outcome::Exited { code } = execution.outcome {
+            self.console.note(&format!("the cell exited with {code}; :quit ends the session"));
+        }
+        if let Some(answer) = &execution.final_answer {
+            self.console.note(&format!("final answer: {answer}"));
+        }
+        let (total, usage) = (&mut self.total, &execution.usage);
+        total.fuel = Some(total.fuel.unwrap_or(0) + usage.fuel.unwrap_or(0));
+        total.compute += usage.compute;
+        total.wall += usage.wall;
+        total.host_wait += usage.host_wait;
+        total.memory_bytes = usage.memory_bytes;
+        total.lm_calls += usage.lm_calls;
+        total.tool_calls += usage.tool_calls;
+        self.last = Some(usage.clone());
+        Ok(())
+    }
+
+    fn command(&mut self, command: &str) -> Result<(), Failure> {
+        match command {
+            ":vars" => match self.reactor.block_on(self.environment.list_variables()) {
+                Ok(variables) => {
+                    for variable in variables {
+                        let kaa::Variable { name, type_name, repr, .. } = variable;
+                        self.console.line(&format!("{name}: {type_name} = {repr}"))?;
+                    }
+                }
+                Err(error) => self.console.complain(&error.to_string()),
+            },
+            ":usage" => {
+                if let Some(last) = &self.last {
+                    self.console.line(&format!("last cell: {}", usage_text(last)))?;
+                }
+                self.console.line(&format!("session: {}", usage_text(&self.total)))?;
+            }
+            ":reset" => {
+                let Plan { contexts, variables, .. } = &self.plan;
+                let (contexts, variables) = (contexts.clone(), variables.clone());
+                let environment = &mut *self.environment;
+                self.reactor.block_on(async {
+                    environment.reset().await?;
+                    session::fill(environment, contexts, variables).await
+                })?;
+                self.last = None;
+                self.total = Usage::default();
+            }
+            ":help" => self.console.out(HELP.as_bytes())?,
+            other => self.console.complain(&format!("there is no command `{other}`; see :help")),
+        }
+        Ok(())
+    }
+}
+
+fn usage_text(usage: &Usage) -> String {
+    format!(
+        "{} fuel, {:.3} s computed, {:.3} s waited, {:.3} s in all, {} of memory, {} LM calls, \
+         {} tool calls",
+        usage.fuel.unwrap_or(0),
+        usage.compute.as_secs_f64(),
+        usage.host_wait.as_secs_f64(),
+        usage.wall.as_secs_f64(),
+        megabytes(usage.memory_bytes),
+        usage.lm_calls,
+        usage.tool_calls
+    )
+}
+
+/// Where lines come from.
+enum Input {
+    Keyboard { editor: Box<Editor<Keys, FileHistory>>, history: PathBuf },
+    Pipe,
+}
+
+/// What came.
+enum Line {
+    Text(String),
+    /// Ctrl-C at the prompt.
+    Cleared,
+    End,
+}
+
+impl Input {
+    fn open(history: PathBuf) -> Result<Self, Failure> {
+        if !io::stdin().is_terminal() {
+            return Ok(Self::Pipe);
+        }
+        let failed = |e: ReadlineError| Failure::Failed(format!("reading the terminal: {e}"));
+        let config = Config::builder()
+            .max_history_size(HISTORY_LINES_MAX)
+            .map_err(failed)?
+            .auto_add_history(false)
+            .build();
+        let mut editor = Editor::with_config(config).map_err(failed)?;
+        editor.set_helper(Some(Keys));
+        // There is none the first time.
+        let _ = editor.load_history(&history);
+        Ok(Self::Keyboard { editor: Box::new(editor), history })
+    }
+
+    fn line(&mut self, prompt: &str) -> Result<Line, Failure> {
+        match self {
+            Self::Keyboard { editor, .. } => match editor.readline(prompt) {
+                Ok(line) => Ok(Line::Text(line)),
+                Err(ReadlineError::Interrupted) => Ok(Line::Cleared),
+                Err(ReadlineError::Eof) => Ok(Line::End),
+                Err(e) => Err(Failure::Failed(format!("reading the terminal: {e}"))),
+            },
+            Self::Pipe => {
+                let mut line = String::new();
+                match io::stdin().lock().read_line(&mut line) {
+                    Ok(0) => Ok(Line::End),
+                    Ok(_) => Ok(Line::Text(line.trim_end_matches(['\n', '\r']).to_owned())),
+                    Err(e) => Err(Failure::usage("stdin", e)),
+                }
+            }
+        }
+    }
+
+    fn remember(&mut self, cell: &str) {
+        if let Self::Keyboard { editor, .. } = self {
+            // A history that is full or can't be kept is no reason to stop.
+            let _ = editor.add_history_entry(cell);
+        }
+    }
+
+    fn save(&mut self) {
+        if let Self::Keyboard { editor, history } = self {
+            let _ = editor.save_history(history);
+        }
+    }
+}
+
+/// Tab indents.
+struct Keys;
+
+impl Completer for Keys {
+    type Candidate = String;
+
+    fn complete(
+        &self,
+        line: &str,
+        position: usize,
+        _: &rustyline::Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<String>)> {
+        let blank = line[..position].chars().all(char::is_whitespace);
+        Ok((position, if blank { vec![INDENT.to_owned()] } else { Vec::new() }))
+    }
+}
+
+impl Hinter for Keys {
+    type Hint = String;
+}
+impl Highlighter for Keys {}
+impl Validator for Keys {}
+impl Helper for Keys {}

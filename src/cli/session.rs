@@ -1,0 +1,149 @@
+//! What the commands that run cells share: the store, the image, the session, Ctrl-C.
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use kaa::{
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Execution, Image, Limit, Outcome,
+    Runtime, Store, Value,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::Failure;
+use super::console::Console;
+use super::progress::Display;
+
+/// A session as it is meant: everything is read and checked.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) image: String,
+    pub(super) wheel: Option<PathBuf>,
+    pub(super) options: EnvironmentOptions,
+    pub(super) contexts: Vec<Context>,
+    pub(super) variables: Vec<(String, Value)>,
+}
+
+/// The directory that the user or the system gives.
+pub(super) fn store_path() -> Result<PathBuf, Failure> {
+    if let Some(path) = std::env::var_os("KAA_CACHE").filter(|path| !path.is_empty()) {
+        return std::path::absolute(path).map_err(|e| Failure::usage("KAA_CACHE", e));
+    }
+    let cache = dirs::cache_dir().ok_or_else(|| {
+        Failure::Failed("there is no cache directory: set HOME or KAA_CACHE".into())
+    })?;
+    Ok(cache.join("kaa"))
+}
+
+/// The user's store.
+pub(super) fn store() -> Result<Store, Failure> {
+    Ok(Store::open(store_path()?)?)
+}
+
+/// The engine and the image of a plan; makes what is missing, and shows it.
+pub(super) fn prepare(plan: &Plan, console: Console) -> Result<(Runtime, Image), Failure> {
+    let runtime = Runtime::open(store()?)?;
+    let display = Display::new(console);
+    let image = runtime
+        .image_from(&plan.image, plan.wheel.as_deref(), &|report| display.show(report))
+        .map_err(|error| match error {
+            kaa::Error::Invalid { .. } => Failure::usage("--image", error),
+            other => other.into(),
+        })?;
+    drop(display);
+    Ok((runtime, image))
+}
+
+/// The runtime under all sessions of this process: one thread is enough for one session.
+pub(super) fn reactor() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::Failed(format!("starting the runtime: {e}")))
+}
+
+/// Runs a future to its end, without waiting for what it left running in the background.
+pub(super) fn block_on<T>(
+    future: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let reactor = reactor()?;
+    let result = reactor.block_on(future);
+    reactor.shutdown_background();
+    result
+}
+
+/// Gives a new session its contexts and variables.
+pub(super) async fn fill(
+    environment: &mut dyn Environment,
+    contexts: Vec<Context>,
+    variables: Vec<(String, Value)>,
+) -> Result<(), Failure> {
+    for context in contexts {
+        let flag = match context {
+            Context::Json(_) => "--context-json",
+            _ => "--context",
+        };
+        environment.add_context(context, None).await.map_err(|error| match error {
+            kaa::Error::Invalid { reason, .. } => {
+                Failure::usage(flag, reason.replace("limits.memory_bytes", "--memory"))
+            }
+            other => other.into(),
+        })?;
+    }
+    for (name, value) in variables {
+        environment.set_variable(&name, value).await.map_err(|error| match error {
+            kaa::Error::Invalid { reason, .. } => Failure::usage(&format!("--var {name}"), reason),
+            other => other.into(),
+        })?;
+    }
+    Ok(())
+}
+
+/// Ctrl-C, from now on: it stops cells instead of this process.
+pub(super) fn interrupts() -> Result<Signal, Failure> {
+    signal(SignalKind::interrupt())
+        .map_err(|e| Failure::Failed(format!("listening for Ctrl-C: {e}")))
+}
+
+/// Runs one cell; Ctrl-C stops it.
+pub(super) async fn execute(
+    environment: &mut dyn Environment,
+    code: &str,
+    interrupts: &mut Signal,
+) -> kaa::Result<Execution> {
+    let interrupt = environment.interrupt();
+    let mut cell = std::pin::pin!(environment.execute(code));
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut cell => return result,
+            _ = interrupts.recv() => interrupt.interrupt(),
+        }
+    }
+}
+
+/// What Kaa itself has to say about a cell that is called `name`.
+pub(super) fn remarks(name: &str, execution: &Execution) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let stopped = execution.outcome == Outcome::LimitReached;
+    match execution.limit {
+        Some(Limit::Interrupt) => remarks.push(format!("{name} was interrupted")),
+        Some(limit) if stopped => {
+            remarks.push(format!("{name} was stopped by the {limit} limit; --{limit} raises it"));
+        }
+        Some(limit) => remarks.push(format!("{name} reached the {limit} limit and caught it")),
+        None => {}
+    }
+    if execution.rolled_back {
+        remarks.push("the session is as it was before that cell".into());
+    }
+    for (stream, output) in [("stdout", &execution.stdout), ("stderr", &execution.stderr)] {
+        if output.truncated {
+            remarks.push(format!(
+                "{name}: {stream} is cut, {} of {} bytes are shown; --output keeps more",
+                output.bytes.len(),
+                output.total_bytes
+            ));
+        }
+    }
+    remarks
+}
