@@ -92,9 +92,10 @@ pub(crate) struct Conversation {
     calls: Calls,
     requests: VecDeque<Message>,
     replies: Vec<Message>,
+    /// Requests that the guest has and didn't reply to.
+    unanswered: usize,
     stop: Option<Limit>,
     cells: u64,
-    configured: Message,
     /// What the guest has to be told before the next request: again, if its turn is undone.
     untold: Vec<Message>,
     sources: Option<Message>,
@@ -128,27 +129,16 @@ impl Conversation {
             calls: Calls::default(),
             requests: VecDeque::new(),
             replies: Vec::new(),
+            unanswered: 0,
             stop: None,
             cells: 0,
-            configured: Message::new(configure),
-            untold: Vec::new(),
+            untold: vec![Message::new(configure)],
             sources: None,
         };
-        conversation.untold.push(conversation.configured.clone());
         for tool in &options.tools {
             conversation.add_tool(tool.clone())?;
         }
         Ok(conversation)
-    }
-
-    /// Begins anew for a guest that knows nothing: the next turn configures it again.
-    pub(crate) fn restart(&mut self) {
-        self.abandon();
-        self.cells = 0;
-        self.untold = vec![self.configured.clone()];
-        if !self.tools.is_empty() {
-            self.announce_tools();
-        }
     }
 
     /// Makes a tool callable.
@@ -214,10 +204,15 @@ impl Conversation {
     /// [`Error::Protocol`] for what no agent says.
     pub(crate) fn answer(&mut self, message: Message) -> Result<Answer> {
         match message.text("op") {
-            Some("next") => Ok(Answer::Now(self.requests.pop_front().unwrap_or_default())),
+            Some("next") => Ok(Answer::Now(self.next_request())),
             Some("done") => {
+                // One reply per request: else a cell could fill the host's memory with them.
+                if self.unanswered == 0 {
+                    return Err(Error::protocol("a reply that nobody asked for"));
+                }
+                self.unanswered -= 1;
                 self.replies.push(message);
-                Ok(Answer::Now(self.requests.pop_front().unwrap_or_default()))
+                Ok(Answer::Now(self.next_request()))
             }
             Some("why") => Ok(Answer::Now(self.why())),
             Some("lm") => self.call_lm(message),
@@ -267,6 +262,17 @@ impl Conversation {
     pub(crate) fn abandon(&mut self) {
         self.requests.clear();
         self.replies.clear();
+        self.unanswered = 0;
+    }
+
+    fn next_request(&mut self) -> Message {
+        match self.requests.pop_front() {
+            Some(request) => {
+                self.unanswered += 1;
+                request
+            }
+            None => Message::default(),
+        }
     }
 
     fn why(&self) -> Message {

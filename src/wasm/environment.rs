@@ -43,7 +43,8 @@ pub struct WasmEnvironment {
     state: State,
     scratch: Option<Scratch>,
     signal: Arc<Signal>,
-    limits: Limits,
+    store: Store,
+    options: EnvironmentOptions,
     /// Tools that were registered since the last turn: the session may be away, being saved.
     new_tools: Vec<Tool>,
     image: Image,
@@ -52,7 +53,7 @@ pub struct WasmEnvironment {
 enum State {
     Ready(Box<Session>),
     /// A checkpoint is being taken in the background; the task gives the session back.
-    Saving(JoinHandle<Box<Session>>),
+    Saving(JoinHandle<Result<Box<Session>>>),
     Lost(String),
 }
 
@@ -80,7 +81,8 @@ impl WasmEnvironment {
             state: State::Ready(Box::new(session)),
             scratch: Some(scratch),
             signal,
-            limits: options.limits,
+            store: store.clone(),
+            options,
             new_tools: Vec::new(),
             image: image.clone(),
         })
@@ -115,7 +117,8 @@ impl WasmEnvironment {
     async fn saved(&mut self) {
         if let State::Saving(task) = &mut self.state {
             self.state = match task.await {
-                Ok(session) => State::Ready(session),
+                Ok(Ok(session)) => State::Ready(session),
+                Ok(Err(e)) => State::Lost(format!("taking a checkpoint failed: {e}")),
                 Err(e) => State::Lost(format!("taking a checkpoint failed: {e}")),
             };
         }
@@ -136,8 +139,8 @@ impl WasmEnvironment {
         let state = std::mem::replace(&mut self.state, State::Lost("a checkpoint was lost".into()));
         self.state = match state {
             State::Ready(mut session) => State::Saving(tokio::task::spawn_blocking(move || {
-                session.save();
-                session
+                session.save()?;
+                Ok(session)
             })),
             other => other,
         };
@@ -145,7 +148,7 @@ impl WasmEnvironment {
 
     /// One turn that isn't a cell.
     async fn service(&mut self, what: &str, request: Message) -> Result<Message> {
-        let memory_bytes = self.limits.memory_bytes;
+        let memory_bytes = self.options.limits.memory_bytes;
         let limits = Limits {
             compute: std::time::Duration::from_secs(SERVICE_COMPUTE_SECONDS),
             ..Limits::default()
@@ -226,18 +229,22 @@ impl WasmEnvironment {
 
 impl Drop for WasmEnvironment {
     fn drop(&mut self) {
-        let state = std::mem::replace(&mut self.state, State::Lost("dropped".into()));
-        // Outside a runtime the instance is not worth a wait: it's simply dropped.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        match state {
-            State::Ready(session) => drop(runtime.spawn_blocking(move || session.recycle())),
-            State::Saving(task) => drop(runtime.spawn(async move {
-                if let Ok(session) = task.await {
-                    tokio::task::spawn_blocking(move || session.recycle());
-                }
-            })),
-            State::Lost(_) => {}
-        }
+        release(std::mem::replace(&mut self.state, State::Lost("dropped".into())));
+    }
+}
+
+/// Lets another session have the instance, in the background.
+fn release(state: State) {
+    // Outside a runtime the instance is not worth a wait: it's simply dropped.
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+    match state {
+        State::Ready(session) => drop(runtime.spawn_blocking(move || session.recycle())),
+        State::Saving(task) => drop(runtime.spawn(async move {
+            if let Ok(Ok(session)) = task.await {
+                tokio::task::spawn_blocking(move || session.recycle());
+            }
+        })),
+        State::Lost(_) => {}
     }
 }
 
@@ -267,7 +274,7 @@ impl Environment for WasmEnvironment {
     }
 
     async fn execute_opts(&mut self, code: &str, options: ExecuteOptions) -> Result<Execution> {
-        let limits = options.limits.unwrap_or_else(|| self.limits.clone());
+        let limits = options.limits.unwrap_or_else(|| self.options.limits.clone());
         limits.validate()?;
         let turn = self.turn();
         let session = self.session().await?;
@@ -345,24 +352,21 @@ impl Environment for WasmEnvironment {
 
     fn register_tool(&mut self, tool: Tool) -> Result<()> {
         check_tool(&tool)?;
+        self.options.tools.push(tool.clone());
         self.new_tools.push(tool);
         Ok(())
     }
 
     async fn reset(&mut self) -> Result<()> {
         self.saved().await;
-        let State::Ready(session) = &mut self.state else {
-            return Err(Error::Internal("the session's memory is gone; open another".into()));
-        };
-        session.guest_mut().conversation.restart();
-        if let Err(error) = session.reset() {
-            self.state = State::Lost(format!("resetting failed: {error}"));
-            return Err(error);
-        }
-        match &self.scratch {
-            Some(scratch) => scratch.clear(),
-            None => Ok(()),
-        }
+        let Some(scratch) = &self.scratch else { return Err(Error::Closed) };
+        scratch.clear()?;
+        let signal = Arc::clone(&self.signal);
+        let guest = guest(&self.store, &self.image, &self.options, scratch, signal)?;
+        let session = Session::new(Arc::clone(&self.image.0.start), guest)?;
+        release(std::mem::replace(&mut self.state, State::Ready(Box::new(session))));
+        self.new_tools.clear();
+        Ok(())
     }
 
     async fn close(mut self: Box<Self>) -> Result<()> {

@@ -67,6 +67,29 @@ impl MemoryImage {
         Ok(Self { file, bytes })
     }
 
+    /// An image of this memory, held in memory that the system can account and swap, by nobody's
+    /// name. Zero pages take no room.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when there is no room for it.
+    pub(crate) fn of(memory: &[u8]) -> Result<Self> {
+        const CHUNK: usize = WASM_PAGE;
+        let write = || {
+            let file = anonymous_file()?;
+            file.set_len(memory.len() as u64)?;
+            for (at, chunk) in memory.chunks(CHUNK).enumerate() {
+                if chunk.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(chunk, (at * CHUNK) as u64)?;
+                }
+            }
+            seal(&file)?;
+            Ok(file)
+        };
+        let file = write().map_err(|e| Error::io("saving a session's memory", e))?;
+        Self::new(file, memory.len())
+    }
+
     /// Size of the image's memory.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
@@ -94,6 +117,31 @@ impl MemoryImage {
             }
         }
     }
+}
+
+#[cfg(target_os = "linux")]
+fn anonymous_file() -> io::Result<File> {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    Ok(memfd_create("kaa-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into())
+}
+
+/// Makes sure that the file stays as it is: a mapped file that shrinks is a `SIGBUS`.
+#[cfg(target_os = "linux")]
+fn seal(file: &File) -> io::Result<()> {
+    use rustix::fs::{SealFlags, fcntl_add_seals};
+    let all = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    Ok(fcntl_add_seals(file, all)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn anonymous_file() -> io::Result<File> {
+    tempfile::tempfile()
+}
+
+/// Nobody else has the file: it has no name.
+#[cfg(not(target_os = "linux"))]
+fn seal(_file: &File) -> io::Result<()> {
+    Ok(())
 }
 
 /// Address space that nothing else uses: inaccessible until a part of it is opened.
@@ -213,7 +261,7 @@ impl Slot {
         &self.image
     }
 
-    /// Throws away what the guest wrote: the image again, then zeros up to `bytes`.
+    /// Throws away what the guest wrote: `image` again, or another one, then zeros up to `bytes`.
     ///
     /// `&mut self` proves that no instance has the memory any more: an instance holds the slot by
     /// an `Arc`.
@@ -221,9 +269,9 @@ impl Slot {
     /// # Errors
     ///
     /// [`Error::Io`] when the system refuses a mapping; the slot must not be used then.
-    pub(crate) fn rewind(&mut self, bytes: usize) -> Result<()> {
-        let image_bytes = self.image.bytes;
-        assert!(bytes >= image_bytes && bytes <= RESERVATION, "a memory never shrinks below its image");
+    pub(crate) fn rewind(&mut self, image: &Arc<MemoryImage>, bytes: usize) -> Result<()> {
+        self.image = Arc::clone(image);
+        assert!(bytes >= image.bytes && bytes <= RESERVATION, "a memory never shrinks below its image");
         #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
         // SAFETY: the range belongs to this slot's reservation, and with `&mut self` no reference
         // into the mapping exists.

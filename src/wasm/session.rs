@@ -89,6 +89,12 @@ struct Checkpoint {
     pages: Vec<u8>,
 }
 
+/// Bytes that a session may have written before its checkpoint becomes an image of its own, from
+/// which it goes on. A smaller checkpoint is a copy of the written pages beside them, compared after
+/// every cell; for a session that holds 100 MB that would double its memory and take longer than its
+/// cells.
+const CHECKPOINT_BYTES_MAX: usize = 16 << 20;
+
 /// A live guest.
 pub(crate) struct Session {
     start: Arc<Start>,
@@ -132,7 +138,8 @@ impl Session {
         let Some(mut store) = self.store.take() else { return };
         let Some(handles) = store.data().handles.clone() else { return };
         let image = Arc::clone(self.slot.image());
-        let grown = handles.memory.data_size(&store) != image.bytes();
+        let grown = handles.memory.data_size(&store) != image.bytes()
+            || !Arc::ptr_eq(&image, &self.start.memory);
         if grown || store.data().running || self.start.idle().len() >= IDLE_MAX {
             return;
         }
@@ -218,13 +225,24 @@ impl Session {
 
     /// Saves the present state as the one to go back to: only what changed since the last time is
     /// copied.
-    pub(crate) fn save(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when there is no memory for it; the session is lost then.
+    pub(crate) fn save(&mut self) -> Result<()> {
         let written = self.slot.written();
         let store = self.store.as_mut().expect("a session has a store between its methods");
         let handles = store.data().handles.clone().expect("an instance has handles");
         self.checkpoint.globals = handles.globals.iter().map(|global| global.get(&mut *store)).collect();
         let memory = handles.memory.data(&*store);
         self.checkpoint.bytes = memory.len();
+        let written_bytes = written.as_ref().map_or(0, |ranges| ranges.iter().map(Range::len).sum());
+        if written_bytes > CHECKPOINT_BYTES_MAX {
+            let image = Arc::new(MemoryImage::of(memory)?);
+            self.checkpoint.index.clear();
+            self.checkpoint.pages = Vec::new();
+            return self.rebuild(&image, image.bytes());
+        }
         match written {
             Ok(ranges) => ranges.into_iter().for_each(|range| self.checkpoint.copy(memory, range)),
             Err(_) => {
@@ -232,6 +250,7 @@ impl Session {
                 image.differing(memory, |range| self.checkpoint.copy(memory, range));
             }
         }
+        Ok(())
     }
 
     /// Goes back to the last checkpoint with a new instance. Open files stay open.
@@ -240,8 +259,8 @@ impl Session {
     ///
     /// When the system refuses a mapping; the session is lost then.
     pub(crate) fn roll_back(&mut self) -> Result<()> {
-        let bytes = self.checkpoint.bytes;
-        self.rebuild(bytes)?;
+        let (image, bytes) = (Arc::clone(self.slot.image()), self.checkpoint.bytes);
+        self.rebuild(&image, bytes)?;
         let checkpoint = &self.checkpoint;
         let store = self.store.as_mut().expect("just rebuilt");
         let memory = store.data().handles.as_ref().expect("just rebuilt").memory;
@@ -252,26 +271,15 @@ impl Session {
         Ok(())
     }
 
-    /// Goes back to the image; the last checkpoint is forgotten.
-    ///
-    /// # Errors
-    ///
-    /// As [`roll_back`](Self::roll_back).
-    pub(crate) fn reset(&mut self) -> Result<()> {
-        let bytes = self.start.memory.bytes();
-        let globals = self.start.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
-        self.checkpoint = Checkpoint { bytes, globals, ..Checkpoint::default() };
-        self.rebuild(bytes)
-    }
-
-    fn rebuild(&mut self, bytes: usize) -> Result<()> {
+    /// A new instance over `image`, with the globals of the checkpoint.
+    fn rebuild(&mut self, image: &Arc<MemoryImage>, bytes: usize) -> Result<()> {
         let store = self.store.take();
         let mut guest = store.expect("a session has a store between its methods").into_data();
         guest.handles = None;
         guest.memory_limit.memory_bytes = 0;
         let slot = Arc::get_mut(&mut self.slot)
             .ok_or_else(|| Error::Internal("an instance outlived its store".into()))?;
-        slot.rewind(bytes)?;
+        slot.rewind(image, bytes)?;
         self.instantiate(guest)
     }
 
