@@ -9,6 +9,7 @@ import builtins
 import gc
 import keyword
 import linecache
+import os
 import sys
 
 from .calls import Channel, LimitReached, Models, make_tool
@@ -135,6 +136,9 @@ class Agent:
         seed = header.get("seed")
         if seed:
             _seed(bytes.fromhex(seed))
+        if header.get("env"):
+            # Read once, when the image was booted: what this session was granted came later.
+            os.environ.update(header["env"])
         if header.get("recursion"):
             sys.setrecursionlimit(header["recursion"])
         self.value_chars = header.get("value_chars", self.value_chars)

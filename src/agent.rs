@@ -113,6 +113,9 @@ impl Conversation {
             "op": "configure", "profile": options.profile.name(), "seed": seed,
             "value_chars": VALUE_CHARS, "repr_chars": REPR_CHARS, "lm": options.lm.is_some(),
         });
+        if !options.policy.env.is_empty() {
+            configure["env"] = options.policy.env.iter().cloned().collect::<BTreeMap<_, _>>().into_iter().collect();
+        }
         if let Some(allowed) = &options.policy.allowed_imports {
             configure["allowed_imports"] = json!(allowed);
         }
