@@ -37,8 +37,17 @@ const LIMIT_EXCEPTION: &str = "LimitReached";
 
 /// Names that belong to the profiles; neither variables nor tools may take them.
 pub(crate) const RESERVED_NAMES: &[&str] = &[
-    "FINAL", "FINAL_VAR", "SHOW_VARS", "answer", "context", "history", "llm_batch", "llm_query",
-    "llm_query_batched", "rlm_query", "rlm_query_batched",
+    "FINAL",
+    "FINAL_VAR",
+    "SHOW_VARS",
+    "answer",
+    "context",
+    "history",
+    "llm_batch",
+    "llm_query",
+    "llm_query_batched",
+    "rlm_query",
+    "rlm_query_batched",
 ];
 
 /// The source line of one turn of an installed agent.
@@ -54,8 +63,20 @@ pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
         };
     }
     sources![
-        "values", "streams", "imports", "calls", "cells", "namespace", "profiles", "repairs",
-        "pools", "locks", "threads", "loop", "agent", "__init__",
+        "values",
+        "streams",
+        "imports",
+        "calls",
+        "cells",
+        "namespace",
+        "profiles",
+        "repairs",
+        "pools",
+        "locks",
+        "threads",
+        "loop",
+        "agent",
+        "__init__",
     ]
 }
 
@@ -114,7 +135,14 @@ impl Conversation {
             "value_chars": VALUE_CHARS, "repr_chars": REPR_CHARS, "lm": options.lm.is_some(),
         });
         if !options.policy.env.is_empty() {
-            configure["env"] = options.policy.env.iter().cloned().collect::<BTreeMap<_, _>>().into_iter().collect();
+            configure["env"] = options
+                .policy
+                .env
+                .iter()
+                .cloned()
+                .collect::<BTreeMap<_, _>>()
+                .into_iter()
+                .collect();
         }
         if let Some(allowed) = &options.policy.allowed_imports {
             configure["allowed_imports"] = json!(allowed);
@@ -251,7 +279,9 @@ impl Conversation {
     pub(crate) fn take_reply(&mut self) -> Result<Message> {
         let replies = std::mem::take(&mut self.replies);
         if !self.requests.is_empty() || replies.is_empty() {
-            return Err(Error::protocol("the agent ended its turn before it replied to everything"));
+            return Err(Error::protocol(
+                "the agent ended its turn before it replied to everything",
+            ));
         }
         self.untold.clear();
         if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
@@ -337,7 +367,11 @@ impl Conversation {
         results: Vec<Result<LmCompletion, LmError>>,
     ) -> Message {
         if !requests.is_empty() && results.len() != requests.len() {
-            let text = format!("the LM handler gave {} answers to {} prompts", results.len(), requests.len());
+            let text = format!(
+                "the LM handler gave {} answers to {} prompts",
+                results.len(),
+                requests.len()
+            );
             return Message::new(json!({ "error": text }));
         }
         if self.profile == Profile::OpenEnv
@@ -431,7 +465,12 @@ impl Conversation {
     }
 
     /// The result of a cell that the host had to end; it was rolled back.
-    pub(crate) fn stopped(&mut self, outcome: Outcome, streams: Streams, usage: Usage) -> Execution {
+    pub(crate) fn stopped(
+        &mut self,
+        outcome: Outcome,
+        streams: Streams,
+        usage: Usage,
+    ) -> Execution {
         Execution {
             outcome,
             limit: self.stop,
@@ -499,7 +538,10 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
     if starts && chars.all(|c| c.is_alphanumeric() || c == '_') && name.len() <= 1_000 {
         return Ok(());
     }
-    Err(Error::invalid(format!("{what} name `{}`", name.escape_debug()), "it must be a Python identifier"))
+    Err(Error::invalid(
+        format!("{what} name `{}`", name.escape_debug()),
+        "it must be a Python identifier",
+    ))
 }
 
 fn prompt_of(value: Value) -> Result<Prompt> {

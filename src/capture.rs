@@ -52,7 +52,10 @@ mod tests {
         capture.write(b"abc");
         capture.write(b"def");
         let output = capture.into_output(None);
-        assert_eq!((&output.bytes[..], output.total_bytes, output.truncated), (&b"abcd"[..], 6, true));
+        assert_eq!(
+            (&output.bytes[..], output.total_bytes, output.truncated),
+            (&b"abcd"[..], 6, true)
+        );
     }
 
     #[test]

@@ -22,9 +22,11 @@
 //! everyone else, and a file that isn't is refused. Whoever can write there can also replace the
 //! program. Version skew is caught by the key and by wasmtime's own header.
 
+mod files;
+
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,6 +34,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+pub(crate) use self::files::{
+    check_files, create_private, hash, read_manifest, write_json, write_private,
+};
+use self::files::{check_private, hex, read_small, sync_tree};
 use crate::error::{Error, Result};
 
 /// Version of the layout above and of the manifests. Another one is another entry.
@@ -173,7 +179,9 @@ impl Store {
     fn make_private(&self, path: &Path) -> Result<()> {
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => check_private(path, true).map(drop),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                check_private(path, true).map(drop)
+            }
             Err(e) => Err(Error::io(format!("making {}", path.display()), e)),
         }
     }
@@ -330,7 +338,10 @@ impl Store {
                     return Err(Error::Incompatible {
                         what: format!("the file {}", path.display()),
                         expected: format!("sha256 {}", record.sha256),
-                        found: format!("sha256 {}; remove the image and build it again", found.sha256),
+                        found: format!(
+                            "sha256 {}; remove the image and build it again",
+                            found.sha256
+                        ),
                     });
                 }
                 bytes += record.bytes;
@@ -372,7 +383,9 @@ struct ModuleFiles {
 
 /// Held while a process builds.
 #[derive(Debug)]
-pub(crate) struct StoreLock(#[expect(dead_code, reason = "closing the file releases the lock")] File);
+pub(crate) struct StoreLock(
+    #[expect(dead_code, reason = "closing the file releases the lock")] File,
+);
 
 fn no_image(name: &str) -> Error {
     Error::invalid(
@@ -382,7 +395,8 @@ fn no_image(name: &str) -> Error {
 }
 
 fn is_key(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    text.len() == 64
+        && text.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 /// Whether `name` can name an image: it becomes a file name.
@@ -397,109 +411,6 @@ pub(crate) fn check_image_name(name: &str) -> Result<()> {
     ))
 }
 
-/// Checks that a file or directory is the user's own and closed to others.
-fn check_private(path: &Path, directory: bool) -> Result<fs::Metadata> {
-    let metadata = fs::symlink_metadata(path)
-        .map_err(|e| Error::io(format!("looking at {}", path.display()), e))?;
-    let refuse = |expected: &str, found: String| {
-        let (what, expected) = (path.display().to_string(), expected.to_owned());
-        Err(Error::Incompatible { what, expected, found })
-    };
-    if metadata.is_dir() != directory || metadata.is_symlink() {
-        return refuse(
-            if directory { "a directory" } else { "a regular file" },
-            format!("{:?}", metadata.file_type()),
-        );
-    }
-    let user = rustix::process::geteuid().as_raw();
-    if metadata.uid() != user {
-        return refuse(&format!("owner {user}"), format!("owner {}", metadata.uid()));
-    }
-    if metadata.mode() & 0o077 != 0 {
-        let found = format!("mode {:o}; close it with chmod go-rwx", metadata.mode() & 0o777);
-        return refuse("no access for others", found);
-    }
-    Ok(metadata)
-}
-
-/// The cheap checks of an entry's files: there, regular, private, of the recorded size.
-pub(crate) fn check_files(place: &Path, files: &[FileRecord]) -> Result<()> {
-    check_private(place, true)?;
-    for record in files {
-        let path = place.join(&record.path);
-        let metadata = check_private(&path, false)?;
-        if metadata.len() != record.bytes {
-            return Err(Error::Incompatible {
-                what: format!("the file {}", path.display()),
-                expected: format!("{} bytes", record.bytes),
-                found: format!("{} bytes", metadata.len()),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Reads a manifest after checking that it's private.
-pub(crate) fn read_manifest<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {
-    check_private(path, false)?;
-    let text = read_small(path, MANIFEST_BYTES_MAX)
-        .map_err(|e| Error::io(format!("reading {}", path.display()), e))?;
-    serde_json::from_str(&text).map_err(|e| Error::Incompatible {
-        what: path.display().to_string(),
-        expected: format!("a manifest of format {FORMAT}"),
-        found: e.to_string(),
-    })
-}
-
-fn read_small(path: &Path, bytes_max: u64) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(bytes_max).read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// Writes a manifest that only its owner can read.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).expect("a manifest has only text keys");
-    write_private(path, &text).map_err(|e| Error::io(format!("writing {}", path.display()), e))
-}
-
-/// Writes a new file that only its owner can read.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    create_private(path)?.write_all(bytes)
-}
-
-/// A new file that only its owner can read.
-pub(crate) fn create_private(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).read(true).create_new(true).mode(0o600).open(path)
-}
-
-impl FileRecord {
-    /// Reads and hashes a file of an entry.
-    pub(crate) fn of(place: &Path, path: &str) -> Result<Self> {
-        let full = place.join(path);
-        let context = || format!("reading {}", full.display());
-        let mut file = File::open(&full).map_err(|e| Error::io(context(), e))?;
-        let (sha256, bytes) = hash(&mut file, |_| {}).map_err(|e| Error::io(context(), e))?;
-        Ok(Self { path: path.to_owned(), bytes, sha256 })
-    }
-}
-
-/// SHA-256 in hexadecimal, and the number of bytes.
-pub(crate) fn hash(reader: &mut impl Read, advance: impl Fn(u64)) -> io::Result<(String, u64)> {
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut bytes = 0;
-    loop {
-        let read = reader.read(&mut buffer)?;
-        if read == 0 {
-            return Ok((hex(&hasher.finalize()), bytes));
-        }
-        hasher.update(&buffer[..read]);
-        bytes += read as u64;
-        advance(bytes);
-    }
-}
-
 /// The key of an entry: SHA-256 over what it's made from, each part with its length.
 pub(crate) fn key<'part>(parts: impl IntoIterator<Item = &'part [u8]>) -> String {
     let mut hasher = Sha256::new();
@@ -508,23 +419,6 @@ pub(crate) fn key<'part>(parts: impl IntoIterator<Item = &'part [u8]>) -> String
         hasher.update(part);
     }
     hex(&hasher.finalize())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Flushes every file and directory below `path`.
-fn sync_tree(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            sync_tree(&entry.path())?;
-        } else {
-            File::open(entry.path())?.sync_all()?;
-        }
-    }
-    File::open(path)?.sync_all()
 }
 
 #[cfg(test)]
@@ -579,7 +473,12 @@ mod tests {
         type Damage = fn(&Path);
         let cases: &[(&str, Damage)] = &[
             ("truncated", |place| {
-                OpenOptions::new().write(true).open(place.join("memory.bin")).unwrap().set_len(3).unwrap();
+                OpenOptions::new()
+                    .write(true)
+                    .open(place.join("memory.bin"))
+                    .unwrap()
+                    .set_len(3)
+                    .unwrap();
             }),
             ("missing", |place| fs::remove_file(place.join("memory.bin")).unwrap()),
             ("readable by others", |place| {
@@ -595,7 +494,8 @@ mod tests {
             }),
             ("older format", |place| {
                 let path = place.join(IMAGE_MANIFEST);
-                let text = fs::read_to_string(&path).unwrap().replace("\"format\": 1", "\"format\": 0");
+                let text =
+                    fs::read_to_string(&path).unwrap().replace("\"format\": 1", "\"format\": 0");
                 fs::write(path, text).unwrap();
             }),
             ("garbage", |place| fs::write(place.join(IMAGE_MANIFEST), "{").unwrap()),
@@ -605,7 +505,10 @@ mod tests {
             let manifest = entry(&store, "one");
             damage(&store.image(&manifest.key));
             let error = store.manifest_by_name("one").unwrap_err();
-            assert!(matches!(error, Error::Incompatible { .. } | Error::Io { .. }), "{what}: {error}");
+            assert!(
+                matches!(error, Error::Incompatible { .. } | Error::Io { .. }),
+                "{what}: {error}"
+            );
         }
     }
 

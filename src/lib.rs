@@ -2,7 +2,9 @@
 #![deny(unsafe_code)]
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
-compile_error!("Kaa runs on Linux and macOS: it maps images with mmap and keeps them private by owner and mode");
+compile_error!(
+    "Kaa runs on Linux and macOS: it maps images with mmap and keeps them private by owner and mode"
+);
 
 mod agent;
 mod capture;
@@ -23,4 +25,4 @@ pub use image::{ImageManifest, Progress, ProgressFn, Store};
 pub use limits::*;
 pub use policy::{Clock, Mount, Policy};
 pub use value::Value;
-pub use wasm::{Image, ImageSpec, Runtime, WasmEnvironment};
+pub use wasm::{Image, ImageSpec, Metering, Runtime, WasmEnvironment};

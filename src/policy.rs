@@ -30,8 +30,9 @@ impl Mount {
             Some(rest) => (rest, true),
             None => (text.strip_suffix(":ro").unwrap_or(text), false),
         };
-        let (host, guest) =
-            rest.rsplit_once(':').ok_or_else(|| invalid("write it as HOST:GUEST or HOST:GUEST:rw"))?;
+        let (host, guest) = rest
+            .rsplit_once(':')
+            .ok_or_else(|| invalid("write it as HOST:GUEST or HOST:GUEST:rw"))?;
         if host.is_empty() {
             return Err(invalid("the host path is empty"));
         }

@@ -68,8 +68,9 @@ impl Message {
         if bytes.is_empty() {
             return Ok(Self::default());
         }
-        let (length, rest) =
-            bytes.split_first_chunk::<4>().ok_or_else(|| Error::protocol("a message of less than 4 bytes"))?;
+        let (length, rest) = bytes
+            .split_first_chunk::<4>()
+            .ok_or_else(|| Error::protocol("a message of less than 4 bytes"))?;
         let length = u32::from_be_bytes(*length) as usize;
         if length > HEADER_BYTES_MAX || length > rest.len() {
             return Err(Error::protocol(format!(
@@ -276,7 +277,8 @@ fn decode_special(form: &str, inner: &Json, body: &[u8], depth: usize) -> Result
 }
 
 fn slice<'body>(range: &Json, body: &'body [u8]) -> Result<&'body [u8]> {
-    let bound = |at: usize| range.get(at).and_then(Json::as_u64).and_then(|n| usize::try_from(n).ok());
+    let bound =
+        |at: usize| range.get(at).and_then(Json::as_u64).and_then(|n| usize::try_from(n).ok());
     bound(0)
         .zip(bound(1))
         .and_then(|(offset, length)| body.get(offset..offset.checked_add(length)?))
@@ -318,7 +320,9 @@ mod tests {
 
     #[test]
     fn hostile_messages_are_refused() {
-        for bytes in [&b"abc"[..], b"\0\0\0\x09{}", b"\0\0\0\x02[]", b"\xff\xff\xff\xff{}", b"\0\0\0\x01{"] {
+        for bytes in
+            [&b"abc"[..], b"\0\0\0\x09{}", b"\0\0\0\x02[]", b"\xff\xff\xff\xff{}", b"\0\0\0\x01{"]
+        {
             assert!(matches!(Message::from_bytes(bytes), Err(Error::Protocol { .. })), "{bytes:?}");
         }
         let nested = (0..DEPTH_MAX + 2).fold(json!(1), |inner, _| json!([inner]));
@@ -330,7 +334,10 @@ mod tests {
             json!({"$dict": [[1, 2]]}),
             nested,
         ] {
-            assert!(matches!(decode_value(json.clone(), b"body"), Err(Error::Protocol { .. })), "{json}");
+            assert!(
+                matches!(decode_value(json.clone(), b"body"), Err(Error::Protocol { .. })),
+                "{json}"
+            );
         }
     }
 }

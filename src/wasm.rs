@@ -29,13 +29,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wasmtime::{Engine, InstancePre, Linker};
 
-pub use self::dirty::{DirtyPages, dirty_pages_method};
-pub use self::environment::WasmEnvironment;
-pub use self::recipe::ImageSpec;
 use self::boot::Parent;
+pub use self::dirty::{DirtyPages, dirty_pages_method};
+pub use self::engine::Metering;
+pub use self::environment::WasmEnvironment;
 use self::guest::Guest;
 use self::memory::MemoryImage;
 use self::module::CompiledGuest;
+pub use self::recipe::ImageSpec;
 use self::recipe::Recipe;
 use self::session::Start;
 use crate::error::{Error, Result};
@@ -67,6 +68,7 @@ pub mod rewrite {
 pub struct Runtime {
     store: Store,
     engine: Engine,
+    metering: Metering,
     linker: Linker<Guest>,
     loaded: Mutex<Loaded>,
 }
@@ -121,14 +123,23 @@ impl Runtime {
     ///
     /// [`Error::Internal`] when this machine can't run the engine.
     pub fn open(store: Store) -> Result<Self> {
-        let engine = engine::engine()?;
+        Self::with_metering(store, Metering::default())
+    }
+
+    /// As [`open`](Self::open), with another metering than Kaa's. For measurements.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn with_metering(store: Store, metering: Metering) -> Result<Self> {
+        let engine = engine::engine(metering)?;
         let mut linker = Linker::new(&engine);
         wasi::add_to_linker(&mut linker)
             .and_then(|()| guest::add_to_linker(&mut linker))
             .map_err(|e| Error::Internal(format!("defining the guest's imports: {e:#}")))?;
         files::remove_leftovers(&store.scratch());
         files::remove_leftovers(&store.root().join("tmp"));
-        Ok(Self { store, engine, linker, loaded: Mutex::default() })
+        Ok(Self { store, engine, metering, linker, loaded: Mutex::default() })
     }
 
     /// The store.
@@ -140,7 +151,7 @@ impl Runtime {
     /// Whether the compiled guest is in the store and sound, so that making an image takes seconds.
     #[must_use]
     pub fn is_set_up(&self) -> bool {
-        module::load(&self.store, &self.engine).is_ok()
+        module::load(&self.store, &self.engine, self.metering).is_ok()
     }
 
     /// The image of this name: from memory, from the store, or, for the images that come with Kaa
@@ -167,7 +178,7 @@ impl Runtime {
         progress: ProgressFn<'_>,
     ) -> Result<Image> {
         let guests = self.guests(wheel, progress)?;
-        let Some(recipe) = Recipe::built_in(name) else {
+        let Some(mut recipe) = Recipe::built_in(name) else {
             let manifest = self.store.manifest_by_name(name)?;
             return self.load(manifest, guests);
         };
@@ -175,6 +186,7 @@ impl Runtime {
             Some(from) => Some(self.image_from(from, wheel, progress)?),
             None => None,
         };
+        recipe.name.push_str(self.metering.suffix());
         let parent_manifest = parent.as_ref().map(Image::manifest);
         let key = recipe.key(&guests.compiled.manifest.key, parent_manifest);
         if let Ok(manifest) = self.store.manifest(&key) {
@@ -234,15 +246,15 @@ impl Runtime {
         if let Some(guests) = &self.loaded().guest {
             return Ok(Arc::clone(guests));
         }
-        let compiled = match module::load(&self.store, &self.engine) {
+        let compiled = match module::load(&self.store, &self.engine, self.metering) {
             Ok(compiled) => compiled,
             Err(_) => {
                 let _lock = self.store.lock()?;
-                match module::load(&self.store, &self.engine) {
+                match module::load(&self.store, &self.engine, self.metering) {
                     Ok(compiled) => compiled,
                     Err(_) => {
-                        module::build(&self.store, &self.engine, wheel, progress)?;
-                        module::load(&self.store, &self.engine)?
+                        module::build(&self.store, &self.engine, self.metering, wheel, progress)?;
+                        module::load(&self.store, &self.engine, self.metering)?
                     }
                 }
             }
@@ -273,8 +285,7 @@ impl Runtime {
                 let memory = guests.compiled.memory()?;
                 let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
                 let globals = manifest.globals.clone();
-                let start =
-                    Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
+                let start = Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
                 Parent { start: Arc::new(start), manifest: None }
             }
         };

@@ -29,7 +29,11 @@ const CASES: &[(&str, &str, Expect)] = &[
     // The lines that abort a peer's host process.
     ("json depth", "import json; json.loads('['*200000)", Raises("RecursionError")),
     ("parentheses", "eval('('*5000 + ')'*5000)", Raises("MemoryError")),
-    ("deep repr", "deep = []\nfor i in range(200000): deep = [deep]\nrepr(deep)", Raises("RecursionError")),
+    (
+        "deep repr",
+        "deep = []\nfor i in range(200000): deep = [deep]\nrepr(deep)",
+        Raises("RecursionError"),
+    ),
     ("recursion", "def f(): f()\nf()", Raises("RecursionError")),
     (
         "recursion without limit",
@@ -51,38 +55,94 @@ const CASES: &[(&str, &str, Expect)] = &[
     ("endless loop", "while True: pass", Soft(Limit::Compute)),
     ("endless generator", "sum(x for x in iter(int, 1))", Soft(Limit::Compute)),
     ("sorted with key", "sorted(range(10**7), key=lambda x: -x)", Ends),
-    ("stubborn loop", "while True:\n    try:\n        while True: pass\n    except BaseException: pass", Hard(Limit::Compute)),
-    ("stubborn finally", "def f():\n    try:\n        while True: pass\n    finally: f()\nf()", Ends),
+    (
+        "stubborn loop",
+        "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+        Hard(Limit::Compute),
+    ),
+    (
+        "stubborn finally",
+        "def f():\n    try:\n        while True: pass\n    finally: f()\nf()",
+        Ends,
+    ),
     ("sleep", "import time; time.sleep(100)", Soft(Limit::Wall)),
-    ("stubborn sleep", "import time\nwhile True:\n    try: time.sleep(100)\n    except BaseException: pass", Hard(Limit::Wall)),
+    (
+        "stubborn sleep",
+        "import time\nwhile True:\n    try: time.sleep(100)\n    except BaseException: pass",
+        Hard(Limit::Wall),
+    ),
     ("select", "import select; select.select([], [], [], 100)", Ends),
     ("fork", "import os; os.fork()", Raises("AttributeError")),
     ("system", "import os; os.system('true')", Raises("AttributeError")),
     ("subprocess", "import subprocess; subprocess.run(['true'])", Raises("OSError")),
     ("socket", "import socket; socket.create_connection(('127.0.0.1', 80))", Ends),
-    ("multiprocessing", "import multiprocessing; multiprocessing.Process(target=print).start()", Ends),
+    (
+        "multiprocessing",
+        "import multiprocessing; multiprocessing.Process(target=print).start()",
+        Ends,
+    ),
     ("ssl", "import ssl", Raises("ModuleNotFoundError")),
     ("ctypes", "import ctypes; ctypes.string_at(0)", Ends),
     ("raw pointer", "import _ctypes", Raises("ModuleNotFoundError")),
-    ("bad code object", "def f(): pass\nf.__code__ = f.__code__.replace(co_code=b'\\xff' * 50)\nf()", Ends),
-    ("closing descriptors", "import os\nfor fd in range(100):\n    try: os.close(fd)\n    except OSError: pass", Ends),
+    (
+        "bad code object",
+        "def f(): pass\nf.__code__ = f.__code__.replace(co_code=b'\\xff' * 50)\nf()",
+        Ends,
+    ),
+    (
+        "closing descriptors",
+        "import os\nfor fd in range(100):\n    try: os.close(fd)\n    except OSError: pass",
+        Ends,
+    ),
     ("replacing streams", "import sys\nsys.stdout = sys.stderr = None\ndel sys.stdin", Ends),
-    ("replacing print", "import builtins\nbuiltins.print = builtins.repr = builtins.len = None", Ends),
+    (
+        "replacing print",
+        "import builtins\nbuiltins.print = builtins.repr = builtins.len = None",
+        Ends,
+    ),
     ("emptying builtins", "import builtins\nvars(builtins).clear()", Ends),
-    ("replacing json", "import json\njson.dumps = json.loads = None\nimport sys\nsys.modules.clear()", Ends),
-    ("tracing", "import sys\nsys.settrace(lambda *a: 1/0)\nsys.setprofile(lambda *a: 1/0)\nprint(1)", Ends),
+    (
+        "replacing json",
+        "import json\njson.dumps = json.loads = None\nimport sys\nsys.modules.clear()",
+        Ends,
+    ),
+    (
+        "tracing",
+        "import sys\nsys.settrace(lambda *a: 1/0)\nsys.setprofile(lambda *a: 1/0)\nprint(1)",
+        Ends,
+    ),
     ("hostile repr", "class A:\n    def __repr__(self): raise SystemExit(9)\na = A()\na", Ends),
     ("endless repr", "class A:\n    def __repr__(self):\n        while True: pass\na = A()", Ends),
-    ("hostile exception", "class E(Exception):\n    def __str__(self): raise E()\nraise E()", Raises("E")),
-    ("hostile class", "class M(type):\n    @property\n    def __name__(cls): 1/0\nclass E(Exception, metaclass=M): pass\nraise E", Ends),
-    ("hostile del", "class A:\n    def __del__(self):\n        while True: pass\na = A()\ndel a", Ends),
-    ("deleting the agent", "import sys\nfor name in list(sys.modules):\n    if 'kaa' in name: del sys.modules[name]", Ends),
+    (
+        "hostile exception",
+        "class E(Exception):\n    def __str__(self): raise E()\nraise E()",
+        Raises("E"),
+    ),
+    (
+        "hostile class",
+        "class M(type):\n    @property\n    def __name__(cls): 1/0\nclass E(Exception, metaclass=M): pass\nraise E",
+        Ends,
+    ),
+    (
+        "hostile del",
+        "class A:\n    def __del__(self):\n        while True: pass\na = A()\ndel a",
+        Ends,
+    ),
+    (
+        "deleting the agent",
+        "import sys\nfor name in list(sys.modules):\n    if 'kaa' in name: del sys.modules[name]",
+        Ends,
+    ),
     ("gutting the agent", "import kaa_agent.agent as a\nvars(a).clear()", Ends),
     ("null source", "\0", Raises("SyntaxError")),
     ("surrogates", "print('\\ud800')", Ends),
     ("deep source", "1 + 1 + 1 + 1", Ends),
     ("atexit", "import atexit; atexit.register(lambda: 1/0)", Ends),
-    ("threads", "import threading\nt = threading.Thread(target=print, args=(1,)); t.start(); t.join()", Ends),
+    (
+        "threads",
+        "import threading\nt = threading.Thread(target=print, args=(1,)); t.start(); t.join()",
+        Ends,
+    ),
     ("held lock", "import threading\nl = threading.Lock(); l.acquire(); l.acquire()", Ends),
     ("raw lock", "import _thread\nl = _thread.allocate_lock(); l.acquire(); l.acquire()", Ends),
     ("gc storm", "import gc\ngc.set_threshold(1)\nx = [[] for _ in range(20000)]", Ends),
@@ -110,7 +170,11 @@ async fn hostile_cells_cost_nothing_but_themselves() {
         let patient = name.contains("recursion without");
         let options = kaa::ExecuteOptions {
             limits: Some(if patient {
-                Limits { compute: Duration::from_secs(60), wall: Duration::from_secs(60), ..limits() }
+                Limits {
+                    compute: Duration::from_secs(60),
+                    wall: Duration::from_secs(60),
+                    ..limits()
+                }
             } else {
                 limits()
             }),
@@ -119,23 +183,46 @@ async fn hostile_cells_cost_nothing_but_themselves() {
             Ok(execution) => {
                 let kind = execution.exception.as_ref().map_or("", |e| e.type_name.as_str());
                 let met = match expect {
-                    Raises(name) => execution.outcome == Outcome::Raised && kind == *name && !execution.rolled_back,
-                    Exits(code) => execution.outcome == Outcome::Exited { code: *code } && execution.rolled_back,
-                    Soft(limit) => execution.limit == Some(*limit) && !execution.rolled_back && execution.outcome == Outcome::LimitReached,
+                    Raises(name) => {
+                        execution.outcome == Outcome::Raised
+                            && kind == *name
+                            && !execution.rolled_back
+                    }
+                    Exits(code) => {
+                        execution.outcome == Outcome::Exited { code: *code }
+                            && execution.rolled_back
+                    }
+                    Soft(limit) => {
+                        execution.limit == Some(*limit)
+                            && !execution.rolled_back
+                            && execution.outcome == Outcome::LimitReached
+                    }
                     Hard(limit) => execution.limit == Some(*limit) && execution.rolled_back,
                     Ends => true,
                 };
-                (met, format!("{:?} {kind} {:?} rolled back: {}", execution.outcome, execution.limit, execution.rolled_back))
+                (
+                    met,
+                    format!(
+                        "{:?} {kind} {:?} rolled back: {}",
+                        execution.outcome, execution.limit, execution.rolled_back
+                    ),
+                )
             }
             Err(error) => (matches!(error, Error::Protocol { .. }), error.to_string()),
         };
         if !found.0 {
             wrong.push(format!("{name}: {}", found.1));
         }
-        for (who, environment, kept) in [("session", &mut session, "41\n"), ("neighbour", &mut neighbour, "neighbour\n")] {
+        for (who, environment, kept) in
+            [("session", &mut session, "41\n"), ("neighbour", &mut neighbour, "neighbour\n")]
+        {
             match environment.execute("print(keep)").await {
                 Ok(after) if after.stdout.text() == kept => {}
-                Ok(after) => wrong.push(format!("{name}: the {who} lost its state ({}): {}", found.1, after.stderr.text())),
+                Ok(after) => wrong.push(format!(
+                    "{name}: the {who} lost its state ({}): {}",
+                    found.1,
+                    after.stderr.text()
+                )),
                 Err(error) => wrong.push(format!("{name}: the {who} is unusable: {error}")),
             }
         }

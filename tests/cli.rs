@@ -18,15 +18,37 @@ use tempfile::TempDir;
 
 /// What one command line must do. `stdout` is all of it, `stderr` a part.
 struct Case<'a> {
-    args: &'a [&'a str],
+    args: Vec<String>,
     stdin: &'a str,
     code: i32,
     stdout: &'a str,
     stderr: &'a str,
 }
 
-fn case<'a>(args: &'a [&'a str], code: i32, stdout: &'a str, stderr: &'a str) -> Case<'a> {
-    Case { args, stdin: "", code, stdout, stderr }
+/// A command line of words, with the code of each cell after them, that succeeds.
+fn ok<'a>(words: &str, cells: &[&str], stdout: &'a str) -> Case<'a> {
+    let words = words.split_whitespace().map(str::to_owned);
+    let cells = cells.iter().flat_map(|cell| ["-c".to_owned(), (*cell).to_owned()]);
+    Case { args: words.chain(cells).collect(), stdin: "", code: 0, stdout, stderr: "" }
+}
+
+/// One that ends with `code`, prints nothing, and says why.
+fn fails<'a>(words: &str, cells: &[&str], code: i32, stderr: &'a str) -> Case<'a> {
+    Case { code, stderr, ..ok(words, cells, "") }
+}
+
+impl<'a> Case<'a> {
+    fn stdin(self, stdin: &'a str) -> Self {
+        Self { stdin, ..self }
+    }
+
+    fn prints(self, stdout: &'a str) -> Self {
+        Self { stdout, ..self }
+    }
+
+    fn says(self, stderr: &'a str) -> Self {
+        Self { stderr, ..self }
+    }
 }
 
 /// `kaa` without an image made sure of.
@@ -85,7 +107,8 @@ fn text(bytes: &[u8]) -> String {
 
 fn check(directory: &Path, cases: &[Case<'_>]) {
     for case in cases {
-        let output = run(directory, case.args, case.stdin.as_bytes());
+        let args: Vec<&str> = case.args.iter().map(String::as_str).collect();
+        let output = run(directory, &args, case.stdin.as_bytes());
         let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
         let seen = format!("{:?}\nstdout: {stdout}\nstderr: {stderr}", case.args);
         assert_eq!(output.status.code(), Some(case.code), "{seen}");
@@ -108,24 +131,33 @@ fn objects(directory: &Path, args: &[&str]) -> Vec<Json> {
 #[test]
 fn exit_codes() {
     let here = directory();
-    check(here.path(), &[
-        case(&["run", "-c", "print(1+1)"], 0, "2\n", ""),
-        case(&["run", "-c", "1+1"], 0, "", ""),
-        case(&["run", "-c", "print('a'); 1/0"], 1, "a\n", "ZeroDivisionError: division by zero"),
-        case(&["run", "-c", "def f(:"], 1, "", "SyntaxError"),
-        case(&["run", "-c", "import sys; sys.exit(7)"], 7, "", ""),
-        case(&["run", "-c", "import sys; sys.exit(-1)"], 255, "", ""),
-        case(&["run", "-c", "import sys; sys.exit(0)"], 0, "", ""),
-        case(&["run", "-c", "import os; os._exit(3)"], 3, "", "rolled back"),
-        case(&["run", "-c", "import os; os.abort()"], 134, "", "rolled back"),
-        case(&["run", "-c", "1/0", "-c", "print('on')"], 0, "on\n", "ZeroDivisionError"),
-        case(&["run", "-c", "x = 1", "-c", "import os; os._exit(3)", "-c", "print(x)"], 0, "1\n", ""),
-        case(&["run"], 2, "", "kaa: there is nothing to run: name a FILE"),
-        case(&["run", "missing.py"], 2, "", "kaa: FILE: reading missing.py: No such file"),
-        case(&["run", "-c", "1", "--image", "nope"], 2, "", "kaa: --image: image `nope`: there is no such image"),
-        case(&["frob"], 2, "", "unrecognized subcommand 'frob'"),
-        case(&[], 2, "", "Usage: kaa <COMMAND>"),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok("run", &["print(1+1)"], "2\n"),
+            ok("run", &["1+1"], ""),
+            fails("run", &["print('a'); 1/0"], 1, "ZeroDivisionError: division by zero")
+                .prints("a\n"),
+            fails("run", &["def f(:"], 1, "SyntaxError"),
+            fails("run", &["import sys; sys.exit(7)"], 7, ""),
+            fails("run", &["import sys; sys.exit(-1)"], 255, ""),
+            ok("run", &["import sys; sys.exit(0)"], ""),
+            fails("run", &["import os; os._exit(3)"], 3, "rolled back"),
+            fails("run", &["import os; os.abort()"], 134, "rolled back"),
+            ok("run", &["1/0", "print('on')"], "on\n").says("ZeroDivisionError"),
+            ok("run", &["x = 1", "import os; os._exit(3)", "print(x)"], "1\n"),
+            fails("run", &[], 2, "kaa: there is nothing to run: name a FILE"),
+            fails("run missing.py", &[], 2, "kaa: FILE: reading missing.py: No such file"),
+            fails(
+                "run --image nope",
+                &["1"],
+                2,
+                "kaa: --image: image `nope`: there is no such image",
+            ),
+            fails("frob", &[], 2, "unrecognized subcommand 'frob'"),
+            fails("", &[], 2, "Usage: kaa <COMMAND>"),
+        ],
+    );
 }
 
 #[test]
@@ -134,24 +166,39 @@ fn limits_stop_the_cell_and_keep_the_session() {
     let forever = "while True: pass";
     let stubborn = "while True:\n  try:\n    while True: pass\n  except BaseException: pass";
     let sleep = "import time; time.sleep(100)";
-    check(here.path(), &[
-        case(&["run", "--fuel", "50e6", "-c", forever], 124, "", "kaa: the cell was stopped by the fuel limit; --fuel raises it"),
-        case(&["run", "--compute", "200ms", "-c", "x = 1", "-c", forever], 124, "", "kaa: cell 2 was stopped by the compute limit"),
-        case(&["run", "--wall", "0.3", "-c", sleep], 124, "", "stopped by the wall limit"),
-        case(&["run", "--fuel", "50e6", "-c", "x = 5", "-c", forever, "-c", "print(x)"], 0, "5\n", "cell 2 was stopped by the fuel limit"),
-        case(
-            &["run", "--compute", "200ms", "--grace", "100ms", "-c", "x = 6", "-c", stubborn, "-c", "print(x)"],
-            0, "6\n", "kaa: the session is as it was before that cell",
-        ),
-        case(&["run", "--wall", "300ms", "-c", "x = 7", "-c", sleep, "-c", "print(x)"], 0, "7\n", "wall"),
-        case(&["run", "--memory", "128M", "-c", "bytearray(2**28)"], 1, "", "MemoryError"),
-        case(&["run", "--output", "4", "-c", "print('abcdef')"], 0, "abcd", "stdout is cut, 4 of 7 bytes are shown; --output keeps more"),
-        case(&["run", "--disk", "64K", "-c", "open('/tmp/f', 'wb').write(bytes(1 << 20))"], 1, "", "OSError"),
-        case(
-            &["run", "--compute", "200ms", "-c", "try:\n  while True: pass\nexcept LimitReached: print('caught')"],
-            0, "caught\n", "kaa: the cell reached the compute limit and caught it",
-        ),
-    ]);
+    check(
+        here.path(),
+        &[
+            fails(
+                "run --fuel 50e6",
+                &[forever],
+                124,
+                "kaa: the cell was stopped by the fuel limit; --fuel raises it",
+            ),
+            fails(
+                "run --compute 200ms",
+                &["x = 1", forever],
+                124,
+                "kaa: cell 2 was stopped by the compute limit",
+            ),
+            fails("run --wall 0.3", &[sleep], 124, "stopped by the wall limit"),
+            ok("run --fuel 50e6", &["x = 5", forever, "print(x)"], "5\n")
+                .says("cell 2 was stopped by the fuel limit"),
+            ok("run --compute 200ms --grace 100ms", &["x = 6", stubborn, "print(x)"], "6\n")
+                .says("kaa: the session is as it was before that cell"),
+            ok("run --wall 300ms", &["x = 7", sleep, "print(x)"], "7\n").says("wall"),
+            fails("run --memory 128M", &["bytearray(2**28)"], 1, "MemoryError"),
+            ok("run --output 4", &["print('abcdef')"], "abcd")
+                .says("stdout is cut, 4 of 7 bytes are shown; --output keeps more"),
+            fails("run --disk 64K", &["open('/tmp/f', 'wb').write(bytes(1 << 20))"], 1, "OSError"),
+            ok(
+                "run --compute 200ms",
+                &["try:\n  while True: pass\nexcept LimitReached: print('caught')"],
+                "caught\n",
+            )
+            .says("kaa: the cell reached the compute limit and caught it"),
+        ],
+    );
 }
 
 #[test]
@@ -161,11 +208,18 @@ fn the_json_object_has_exactly_these_keys_in_this_order() {
     let output = run(
         here.path(),
         &[
-            "run", "--json", "--lm-script", "lm.json",
-            "-c", "print('out'); x = 1; x + 1",
-            "-c", "import sys; a = llm_query('2+2'); print(a, file=sys.stderr); answer['content'] = a; answer['ready'] = True",
-            "-c", "1/0",
-            "-c", "import sys; sys.exit(-3)",
+            "run",
+            "--json",
+            "--lm-script",
+            "lm.json",
+            "-c",
+            "print('out'); x = 1; x + 1",
+            "-c",
+            "import sys; a = llm_query('2+2'); print(a, file=sys.stderr); answer['content'] = a; answer['ready'] = True",
+            "-c",
+            "1/0",
+            "-c",
+            "import sys; sys.exit(-3)",
         ],
         b"",
     );
@@ -175,21 +229,33 @@ fn the_json_object_has_exactly_these_keys_in_this_order() {
     let usage = r#""usage":{"fuel":N,"compute_ms":N,"wall_ms":N,"host_wait_ms":N,"memory_bytes":N,"lm_calls":"#;
     let traceback = r#"Traceback (most recent call last):\n  File \"<cell 3>\", line 1, in <module>\n    1/0\n    ~^~\nZeroDivisionError: division by zero\n"#;
     let expected = [
-        format!(r#"{{"cell":1,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"out\n","stderr":"","stdout_bytes":4,"stderr_bytes":0,"stdout_truncated":false,"stderr_truncated":false,"value":"2","exception":null,"variables":[{{"name":"x","type":"int","repr":"1"}}],"final_answer":null,"lm_calls":[],{usage}0}}}}"#),
-        format!(r#"{{"cell":2,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"","stderr":"four\n","stdout_bytes":0,"stderr_bytes":5,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":null,"variables":[{{"name":"sys","type":"module","repr":"<module 'sys' (built-in)>"}},{{"name":"a","type":"str","repr":"'four'"}}],"final_answer":"four","lm_calls":[{{"model":"scripted","prompt":"2+2","response":"four","usage":[{{"model":"scripted","calls":1,"input_tokens":1,"output_tokens":1,"cost":null}}],"execution_ms":N}}],{usage}1}}}}"#),
-        format!(r#"{{"cell":3,"outcome":"raised","limit":null,"rolled_back":false,"exit_code":1,"stdout":"","stderr":"{traceback}","stdout_bytes":0,"stderr_bytes":138,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":{{"type":"ZeroDivisionError","message":"division by zero","traceback":"{traceback}"}},"variables":[],"final_answer":null,"lm_calls":[],{usage}0}}}}"#),
+        format!(
+            r#"{{"cell":1,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"out\n","stderr":"","stdout_bytes":4,"stderr_bytes":0,"stdout_truncated":false,"stderr_truncated":false,"value":"2","exception":null,"variables":[{{"name":"x","type":"int","repr":"1"}}],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
+        ),
+        format!(
+            r#"{{"cell":2,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"","stderr":"four\n","stdout_bytes":0,"stderr_bytes":5,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":null,"variables":[{{"name":"sys","type":"module","repr":"<module 'sys' (built-in)>"}},{{"name":"a","type":"str","repr":"'four'"}}],"final_answer":"four","lm_calls":[{{"model":"scripted","prompt":"2+2","response":"four","usage":[{{"model":"scripted","calls":1,"input_tokens":1,"output_tokens":1,"cost":null}}],"execution_ms":N}}],{usage}1}}}}"#
+        ),
+        format!(
+            r#"{{"cell":3,"outcome":"raised","limit":null,"rolled_back":false,"exit_code":1,"stdout":"","stderr":"{traceback}","stdout_bytes":0,"stderr_bytes":126,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":{{"type":"ZeroDivisionError","message":"division by zero","traceback":"{traceback}"}},"variables":[],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
+        ),
     ];
     for (line, expected) in lines.iter().zip(&expected) {
         assert_eq!(line, expected);
     }
     assert_eq!(lines.len(), 4);
-    assert!(lines[3].contains(r#""outcome":"exited","limit":null,"rolled_back":false,"exit_code":-3,"#));
+    assert!(
+        lines[3].contains(r#""outcome":"exited","limit":null,"rolled_back":false,"exit_code":-3,"#)
+    );
     assert_eq!(output.status.code(), Some(253));
-    let limit = objects(here.path(), &["run", "--json", "--fuel", "50e6", "-c", "while True: pass"]);
+    let limit =
+        objects(here.path(), &["run", "--json", "--fuel", "50e6", "-c", "while True: pass"]);
     assert_eq!(limit[0]["outcome"], "limit");
     assert_eq!(limit[0]["limit"], "fuel");
     assert_eq!(limit[0]["exit_code"], 124);
-    let bytes = objects(here.path(), &["run", "--json", "-c", "import sys; sys.stdout.buffer.write(b'\\xff')"]);
+    let bytes = objects(
+        here.path(),
+        &["run", "--json", "-c", "import sys; sys.stdout.buffer.write(b'\\xff')"],
+    );
     assert_eq!((&bytes[0]["stdout"], &bytes[0]["stdout_bytes"]), (&json!("\u{fffd}"), &json!(1)));
 }
 
@@ -200,18 +266,21 @@ fn cells_come_from_files_stdin_and_flags() {
     fs::write(here.path().join("cells.py"), file).unwrap();
     fs::write(here.path().join("marks.py"), "\u{feff}# %% only\r\nprint(1)\r\n").unwrap();
     fs::write(here.path().join("latin.py"), b"print('\xe9')").unwrap();
-    check(here.path(), &[
-        case(&["run", "cells.py", "--cells"], 0, "1\nthird\n", "File \"<cell 2>\", line 2"),
-        case(&["run", "cells.py"], 1, "1\n", "line 4"),
-        case(&["run", "cells.py", "--cells", "-c", "print('last')"], 0, "1\nthird\nlast\n", ""),
-        case(&["run", "--cells", "marks.py"], 0, "1\n", ""),
-        case(&["run", "latin.py"], 2, "", "latin.py is not UTF-8 at byte 7"),
-        Case { args: &["run", "-"], stdin: "print(__name__)", code: 0, stdout: "__main__\n", stderr: "" },
-        Case { args: &["run", "-", "--cells", "-c", "print(y)"], stdin: "y=1\n# %%\ny+=1", code: 0, stdout: "2\n", stderr: "" },
-        case(&["run", "-", "--context", "-"], 2, "", "--context -: stdin is already the cell's code"),
-        case(&["run", "-c", "-1"], 0, "", ""),
-        case(&["run", "-c", "print('bytes', end='')", "-c", "print('\\x1b[1m')"], 0, "bytes\u{1b}[1m\n", ""),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok("run cells.py --cells", &[], "1\nthird\n").says("File \"<cell 2>\", line 2"),
+            fails("run cells.py", &[], 1, "line 4").prints("1\n"),
+            ok("run cells.py --cells", &["print('last')"], "1\nthird\nlast\n"),
+            ok("run --cells marks.py", &[], "1\n"),
+            fails("run latin.py", &[], 2, "latin.py is not UTF-8 at byte 7"),
+            ok("run -", &[], "__main__\n").stdin("print(__name__)"),
+            ok("run - --cells", &["print(y)"], "2\n").stdin("y=1\n# %%\ny+=1"),
+            fails("run - --context -", &[], 2, "--context -: stdin is already the cell's code"),
+            ok("run", &["-1"], ""),
+            ok("run", &["print('bytes', end='')", "print('\\x1b[1m')"], "bytes\u{1b}[1m\n"),
+        ],
+    );
 }
 
 #[test]
@@ -219,38 +288,59 @@ fn contexts_arrive_exactly() {
     let here = directory();
     let line = "a\r\nb\0c\u{1f40d} \\ \"\"\"'''\t\u{feff}\n";
     let big = line.repeat(10_000_000 / line.len() + 1);
-    let hash: String =
-        Sha256::digest(&big).iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash: String = Sha256::digest(&big).iter().map(|byte| format!("{byte:02x}")).collect();
     fs::write(here.path().join("big.txt"), &big).unwrap();
+    fs::write(here.path().join("wide.txt"), "\u{1f40d}".repeat(3_000_000)).unwrap();
     fs::write(here.path().join("bad.txt"), b"ab\xff").unwrap();
     fs::write(here.path().join("data.json"), r#"{"rows": [1, 2.5, null, "x"]}"#).unwrap();
     fs::write(here.path().join("bad.json"), "{").unwrap();
     let code = "import hashlib; print(hashlib.sha256(context.encode()).hexdigest(), len(context))";
     let expected = format!("{hash} {}\n", big.chars().count());
-    check(here.path(), &[
-        case(&["run", "--context", "big.txt", "-c", code], 0, &expected, ""),
-        Case { args: &["run", "--context", "-", "-c", code], stdin: &big, code: 0, stdout: &expected, stderr: "" },
-        case(&["run", "--context", "bad.txt", "-c", "1"], 2, "", "kaa: --context:"),
-        case(&["run", "--context-json", "data.json", "-c", "print(context['rows'])"], 0, "[1, 2.5, None, 'x']\n", ""),
-        case(&["run", "--context-json", "bad.json", "-c", "1"], 2, "", "kaa: --context-json:"),
-        Case {
-            args: &["run", "--context", "-", "--context-json", "data.json", "-c", "print(context_0, len(context_1))"],
-            stdin: "text", code: 0, stdout: "text 1\n", stderr: "",
-        },
-        case(&["run", "--context", "big.txt", "--memory", "64M", "-c", "len(context)"], 0, "", ""),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok("run --context big.txt", &[code], &expected),
+            ok("run --context -", &[code], &expected).stdin(&big),
+            fails("run --context bad.txt", &["1"], 2, "kaa: --context:"),
+            ok(
+                "run --context-json data.json",
+                &["print(context['rows'])"],
+                "[1, 2.5, None, 'x']\n",
+            ),
+            fails("run --context-json bad.json", &["1"], 2, "kaa: --context-json:"),
+            ok(
+                "run --context - --context-json data.json",
+                &["print(context_0, len(context_1))"],
+                "text 1\n",
+            )
+            .stdin("text"),
+            fails("run --context wide.txt --memory 64M", &["1"], 2, "--memory"),
+        ],
+    );
 }
 
 #[test]
 fn variables_and_profiles() {
     let here = directory();
-    check(here.path(), &[
-        case(&["run", "--var", "n=5", "--var", "s=\"a=b\"", "--var", "o={\"k\":[1,null,true]}", "-c", "print(n, s, o)"], 0, "5 a=b {'k': [1, None, True]}\n", ""),
-        case(&["run", "--var", "n=-123456789012345678901234567890", "-c", "print(n + 1)"], 0, "-123456789012345678901234567889\n", ""),
-        case(&["run", "--profile", "openenv", "-c", "1 + 1"], 0, "2\n", ""),
-        case(&["run", "-c", "answer['content'] = '42'; answer['ready'] = True", "-c", "pass"], 0, "", "kaa: final answer: 42\n"),
-        case(&["run", "--allow-import", "math", "-c", "import math", "-c", "import socket"], 1, "", "socket"),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok(
+                "run --var n=5 --var s=\"a=b\" --var o={\"k\":[1,null,true]}",
+                &["print(n, s, o)"],
+                "5 a=b {'k': [1, None, True]}\n",
+            ),
+            ok(
+                "run --var n=-123456789012345678901234567890",
+                &["print(n + 1)"],
+                "-123456789012345678901234567889\n",
+            ),
+            ok("run --profile openenv", &["1 + 1"], "2\n"),
+            ok("run", &["answer['content'] = '42'; answer['ready'] = True", "pass"], "")
+                .says("kaa: final answer: 42\n"),
+            fails("run --allow-import math", &["import math", "import socket"], 1, "socket"),
+        ],
+    );
     let quiet = run(here.path(), &["run", "--quiet", "--output", "1", "-c", "print('abc')"], b"");
     assert_eq!(text(&quiet.stderr), "");
 }
@@ -269,15 +359,22 @@ fn mounts_reach_only_what_they_name() {
     let refused = "import os\nfor path in ['/data/../outside/secret', '/data/link/secret', '/data/relative', \
                    '/etc/passwd', os.path.realpath('/data') + '/../../etc/passwd']:\n  try: print(open(path).read())\n  \
                    except OSError: print('refused')";
-    check(here.path(), &[
-        case(&["run", "--mount", "inside:/data", "-c", "print(open('/data/file').read())"], 0, "read me\n", ""),
-        case(&["run", "--mount", "inside:/data", "-c", write], 1, "", "Error"),
-        case(&["run", "--mount", "inside:/data", "-c", "import os; os.remove('/data/file')"], 1, "", "Error"),
-        case(&["run", "--mount", "inside:/data:rw", "-c", refused], 0, "refused\nrefused\nrefused\nrefused\nrefused\n", ""),
-        case(&["run", "-c", "open('/data/file')"], 1, "", "FileNotFoundError"),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok("run --mount inside:/data", &["print(open('/data/file').read())"], "read me\n"),
+            fails("run --mount inside:/data", &[write], 1, "Error"),
+            fails("run --mount inside:/data", &["import os; os.remove('/data/file')"], 1, "Error"),
+            ok(
+                "run --mount inside:/data:rw",
+                &[refused],
+                "refused\nrefused\nrefused\nrefused\nrefused\n",
+            ),
+            fails("run", &["open('/data/file')"], 1, "FileNotFoundError"),
+        ],
+    );
     assert!(!inside.join("new").exists());
-    check(here.path(), &[case(&["run", "--mount", "inside:/data:rw", "-c", write], 0, "", "")]);
+    check(here.path(), &[ok("run --mount inside:/data:rw", &[write], "")]);
     assert_eq!(fs::read_to_string(inside.join("new")).unwrap(), "written");
 }
 
@@ -285,11 +382,19 @@ fn mounts_reach_only_what_they_name() {
 fn the_environment_is_given_by_name() {
     let here = directory();
     let show = "import os; print(os.environ.get('A'), os.environ.get('KAA_CLI_TEST'), os.environ.get('PATH'))";
-    check(here.path(), &[
-        case(&["run", "-c", show], 0, "None None None\n", ""),
-        case(&["run", "--env", "A=x=y", "--env", "KAA_CLI_TEST", "-c", show], 0, "x=y from the host None\n", ""),
-        case(&["run", "--env", "KAA_CLI_TEST_UNSET", "-c", show], 2, "", "--env KAA_CLI_TEST_UNSET: it is not set here"),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok("run", &[show], "None None None\n"),
+            ok("run --env A=x=y --env KAA_CLI_TEST", &[show], "x=y from the host None\n"),
+            fails(
+                "run --env KAA_CLI_TEST_UNSET",
+                &[show],
+                2,
+                "--env KAA_CLI_TEST_UNSET: it is not set here",
+            ),
+        ],
+    );
 }
 
 #[test]
@@ -319,14 +424,35 @@ fn a_script_or_a_handler_answers_queries() {
     fs::write(here.path().join("bad.json"), r#"{"rules": [{"response": "x"}]}"#).unwrap();
     let batch = "print(llm_query_batched(['capital of Peru', 'overload']))";
     let address = handler();
-    check(here.path(), &[
-        case(&["run", "--lm-script", "lm.json", "-c", batch], 0, "['Peru has one', 'Error: llm() call failed - 429: try later']\n", ""),
-        case(&["run", "--lm-script", "lm.json", "--lm-calls", "1", "-c", "llm_query('capital of A')\nprint(llm_query('capital of B')[:6])"], 0, "Error:\n", ""),
-        case(&["run", "-c", "print(llm_query('x'))"], 0, "Error: No LM handler configured\n", ""),
-        case(&["run", "--lm", &address, "-c", "print(llm_query('ping'))"], 0, "pong\n", ""),
-        case(&["run", "--lm-script", "bad.json", "-c", "1"], 2, "", "--lm-script: bad.json: LM script, rule 1"),
-        case(&["run", "--lm", &address, "--lm-script", "lm.json", "-c", "1"], 2, "", "'--lm-script <FILE>'"),
-    ]);
+    check(
+        here.path(),
+        &[
+            ok(
+                "run --lm-script lm.json",
+                &[batch],
+                "['Peru has one', 'Error: llm() call failed - 429: try later']\n",
+            ),
+            ok(
+                "run --lm-script lm.json --lm-calls 1",
+                &["llm_query('capital of A')\nprint(llm_query('capital of B')[:6])"],
+                "Error:\n",
+            ),
+            ok("run", &["print(llm_query('x'))"], "Error: No LM handler configured\n"),
+            ok(&format!("run --lm {address}"), &["print(llm_query('ping'))"], "pong\n"),
+            fails(
+                "run --lm-script bad.json",
+                &["1"],
+                2,
+                "--lm-script: bad.json: LM script, rule 1",
+            ),
+            fails(
+                &format!("run --lm {address} --lm-script lm.json"),
+                &["1"],
+                2,
+                "'--lm-script <FILE>'",
+            ),
+        ],
+    );
 }
 
 /// An LM handler that answers one request with `pong`; its address.
@@ -384,11 +510,14 @@ fn a_bad_value_is_refused_by_the_name_of_its_flag() {
             assert!(output.stdout.is_empty());
         }
     }
-    check(here.path(), &[
-        case(&["run", "-c", "1", "--cells"], 2, "", "<FILE|-"),
-        case(&["image", "build", "--import", "csv"], 2, "", "<NAME>"),
-        case(&["repl", "--context", "-"], 2, "", "stdin is already where cells are typed"),
-    ]);
+    check(
+        here.path(),
+        &[
+            fails("run --cells", &["1"], 2, "<FILE|-"),
+            fails("image build --import csv", &[], 2, "<NAME>"),
+            fails("repl --context -", &[], 2, "stdin is already where cells are typed"),
+        ],
+    );
 }
 
 #[test]
@@ -424,7 +553,10 @@ fn ctrl_c_stops_the_cell() {
         let pid = rustix::process::Pid::from_child(child);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
     };
-    let mut child = start(here.path(), &["run", "-c", "print('on')", "-c", "while True: pass", "-c", "print('not')"]);
+    let mut child = start(
+        here.path(),
+        &["run", "-c", "print('on')", "-c", "while True: pass", "-c", "print('not')"],
+    );
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
     stdout.read_line(&mut line).unwrap();
@@ -452,24 +584,31 @@ fn ctrl_c_stops_the_cell() {
 #[test]
 fn a_repl_takes_cells_from_a_pipe() {
     let here = directory();
-    let lines = |stdin, stdout, stderr| Case { args: &["repl"], stdin, code: 0, stdout, stderr };
-    check(here.path(), &[
-        lines("x = 1\nx + 1\nNone\n'text'\n", "2\n'text'\n", ""),
-        lines("def f(a):\n    b = a\n    return b * 2\n\nf(4)\n", "8\n", ""),
-        lines("x = [1,\n\n2]\nx\n'''a\n\nb'''\n1 + \\\n2\n", "[1, 2]\n'a\\n\\nb'\n3\n", ""),
-        lines("for i in range(2):\n  if i:\n    print('odd')\n  else:\n    print('even')\n\n", "even\nodd\n", ""),
-        lines("def f():\n  return 1\nf()\n", "1\n", ""),
-        lines("x = 1\n1/0\nx\n", "1\n", "ZeroDivisionError"),
-        lines("x = 1\nimport os; os._exit(3)\nx\n", "1\n", "kaa: the cell exited with 3"),
-        lines("x = 1\ny = 'a'\n:vars\n", "x: int = 1\ny: str = 'a'\n", ""),
-        lines("x = 1\n:reset\nx\n", "", "NameError: name 'x' is not defined"),
-        lines("1\n:quit\n2\n", "1\n", ""),
-        lines(":frob\n", "", "kaa: there is no command `:frob`; see :help"),
-        lines("print('a', end='')\n'b'\n", "a'b'\n", ""),
-        lines("if True:\n  print('unfinished')", "unfinished\n", ""),
-        Case { args: &["repl", "--var", "n=1"], stdin: "n += 1\n:reset\nn\n", code: 0, stdout: "1\n", stderr: "" },
-        Case { args: &["repl", "--profile", "openenv"], stdin: "1 + 1\n", code: 0, stdout: "2\n", stderr: "" },
-    ]);
+    let lines = |stdin, stdout, stderr| ok("repl", &[], stdout).says(stderr).stdin(stdin);
+    check(
+        here.path(),
+        &[
+            lines("x = 1\nx + 1\nNone\n'text'\n", "2\n'text'\n", ""),
+            lines("def f(a):\n    b = a\n    return b * 2\n\nf(4)\n", "8\n", ""),
+            lines("x = [1,\n\n2]\nx\n'''a\n\nb'''\n1 + \\\n2\n", "[1, 2]\n'a\\n\\nb'\n3\n", ""),
+            lines(
+                "for i in range(2):\n  if i:\n    print('odd')\n  else:\n    print('even')\n\n",
+                "even\nodd\n",
+                "",
+            ),
+            lines("def f():\n  return 1\nf()\n", "1\n", ""),
+            lines("x = 1\n1/0\nx\n", "1\n", "ZeroDivisionError"),
+            lines("x = 1\nimport os; os._exit(3)\nx\n", "1\n", "kaa: the cell exited with 3"),
+            lines("x = 1\ny = 'a'\n:vars\n", "x: int = 1\ny: str = 'a'\n", ""),
+            lines("x = 1\n:reset\nx\n", "", "NameError: name 'x' is not defined"),
+            lines("1\n:quit\n2\n", "1\n", ""),
+            lines(":frob\n", "", "kaa: there is no command `:frob`; see :help"),
+            lines("print('a', end='')\n'b'\n", "a'b'\n", ""),
+            lines("if True:\n  print('unfinished')", "unfinished\n", ""),
+            ok("repl --var n=1", &[], "1\n").stdin("n += 1\n:reset\nn\n"),
+            ok("repl --profile openenv", &[], "2\n").stdin("1 + 1\n"),
+        ],
+    );
     let usage = text(&run(here.path(), &["repl"], b":usage\n1\n:usage\n").stdout);
     assert!(usage.starts_with("session: 0 fuel"), "{usage}");
     assert!(usage.contains("last cell: ") && usage.contains(" MB of memory"), "{usage}");
@@ -497,17 +636,30 @@ fn custom_images() {
     fs::write(at("lib/package/part.py"), "origin = 'directory'\n").unwrap();
     write_wheel(&at("wheeled-1-py3-none-any.whl"));
     // The image's key, and so its files, belong to this test alone.
-    fs::write(at("setup.py"), format!("import package\nready = [package.origin, {:?}]\n", name)).unwrap();
+    fs::write(at("setup.py"), format!("import package\nready = [package.origin, {:?}]\n", name))
+        .unwrap();
     fs::write(at("broken.py"), "1/0\n").unwrap();
 
-    let args = ["image", "build", &name, "--setup", "setup.py", "--path", "lib", "--pure-wheel", "wheeled-1-py3-none-any.whl", "--import", "xml.dom"];
+    let args = [
+        "image",
+        "build",
+        &name,
+        "--setup",
+        "setup.py",
+        "--path",
+        "lib",
+        "--pure-wheel",
+        "wheeled-1-py3-none-any.whl",
+        "--import",
+        "xml.dom",
+    ];
     let built = run(here.path(), &args, b"");
     assert_eq!(built.status.code(), Some(0), "{}", text(&built.stderr));
     assert!(text(&built.stderr).contains("kaa: boot … image"), "{}", text(&built.stderr));
     assert!(text(&built.stdout).starts_with(&name));
 
     let use_it = "import sys, wheeled; print(ready[0], wheeled.origin, 'xml.dom' in sys.modules)";
-    check(here.path(), &[case(&["run", "--image", &name, "-c", use_it], 0, "directory wheel True\n", "")]);
+    check(here.path(), &[ok(&format!("run --image {name}"), &[use_it], "directory wheel True\n")]);
     let inspected = &objects(here.path(), &["image", "inspect", &name, "--json"])[0];
     assert_eq!(inspected["name"], name.as_str());
     assert_eq!(inspected["from"], "base");
@@ -526,22 +678,48 @@ fn custom_images() {
     bytes[last] ^= 1;
     fs::write(&memory, &bytes).unwrap();
     let damaged = format!("{name:<16} damaged\n");
-    check(here.path(), &[case(&["image", "verify", &name], 125, &damaged, "kaa: the file ")]);
+    check(
+        here.path(),
+        &[fails(&format!("image verify {name}"), &[], 125, "kaa: the file ").prints(&damaged)],
+    );
     fs::write(&memory, &bytes[..last]).unwrap();
-    check(here.path(), &[
-        case(&["run", "--image", &name, "-c", "1"], 125, "", "memory.bin can't be used: expected"),
-        case(&["image", "remove", &name], 0, "", "removed the image"),
-        case(&["image", "remove", &name], 2, "", "there is no such image"),
-        case(&["image", "inspect", &name], 2, "", "there is no such image"),
-        case(&["run", "--image", &name, "-c", "1"], 2, "", "there is no such image"),
-        case(&["image", "build", &name, "--setup", "missing.py"], 2, "", "--setup: missing.py: No such file"),
-        case(&["image", "build", &name, "--path", "missing"], 2, "", "--path: missing: No such file"),
-        case(&["image", "build", &name, "--setup", "broken.py"], 2, "", "ZeroDivisionError"),
-        case(&["image", "build", &name, "--import", "no_such_module"], 2, "", "no_such_module"),
-        case(&["image", "build", &name, "--from", "nope"], 2, "", "there is no such image"),
-        case(&["image", "build", "base", "--import", "csv"], 2, "", "belongs to an image that comes with Kaa"),
-        case(&["image", "build", "../x"], 2, "", "use 1 to 64 letters"),
-    ]);
+    check(
+        here.path(),
+        &[
+            fails(
+                &format!("run --image {name}"),
+                &["1"],
+                125,
+                "memory.bin can't be used: expected",
+            ),
+            ok(&format!("image remove {name}"), &[], "").says("removed the image"),
+            fails(&format!("image remove {name}"), &[], 2, "there is no such image"),
+            fails(&format!("image inspect {name}"), &[], 2, "there is no such image"),
+            fails(&format!("run --image {name}"), &["1"], 2, "there is no such image"),
+            fails(
+                &format!("image build {name} --setup missing.py"),
+                &[],
+                2,
+                "--setup: missing.py: No such file",
+            ),
+            fails(
+                &format!("image build {name} --path missing"),
+                &[],
+                2,
+                "--path: missing: No such file",
+            ),
+            fails(&format!("image build {name} --setup broken.py"), &[], 2, "ZeroDivisionError"),
+            fails(&format!("image build {name} --import no_such_module"), &[], 2, "no_such_module"),
+            fails(&format!("image build {name} --from nope"), &[], 2, "there is no such image"),
+            fails(
+                "image build base --import csv",
+                &[],
+                2,
+                "belongs to an image that comes with Kaa",
+            ),
+            fails("image build ../x", &[], 2, "use 1 to 64 letters"),
+        ],
+    );
     assert!(!memory.exists());
 }
 
@@ -552,8 +730,14 @@ fn doctor_says_what_works() {
     let stdout = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{stdout}");
     for part in [
-        "ok       guest           compiled", "ok       a cell ", "ok       backend wasm    ready",
-        "missing  backend docker  not in this version", "cpus", "cache", "checkpoints", "disk",
+        "ok       guest           compiled",
+        "ok       a cell ",
+        "ok       backend wasm    ready",
+        "missing  backend docker  not in this version",
+        "cpus",
+        "cache",
+        "checkpoints",
+        "disk",
         "python with pip",
     ] {
         assert!(stdout.contains(part), "{part:?} is not in\n{stdout}");
@@ -565,6 +749,7 @@ fn doctor_says_what_works() {
     let stdout = text(&output.stdout);
     assert_eq!(output.status.code(), Some(125), "{stdout}");
     assert!(stdout.contains("close it with chmod go-rwx"), "{stdout}");
-    let output = kaa(here.path()).args(["run", "-c", "1"]).env("KAA_CACHE", &open).output().unwrap();
+    let output =
+        kaa(here.path()).args(["run", "-c", "1"]).env("KAA_CACHE", &open).output().unwrap();
     assert_eq!(output.status.code(), Some(125), "{}", text(&output.stderr));
 }

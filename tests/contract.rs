@@ -8,17 +8,21 @@ use std::time::Duration;
 use common::{limited, open, print, run, session};
 use kaa::lm::ScriptedHandler;
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, Limit, Limits, Outcome, Status,
-    Tool, ToolError, Value,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, Limit, Limits, Outcome,
+    Status, Tool, ToolError, Value,
 };
 
 #[tokio::test]
 async fn state_made_by_one_cell_is_there_for_the_next_also_when_it_raised() {
     let mut session = session();
-    run(&mut session, "x = 1\nimport math\ndef f():\n    return math.pi\nclass A:\n    n = 3").await;
+    run(&mut session, "x = 1\nimport math\ndef f():\n    return math.pi\nclass A:\n    n = 3")
+        .await;
     let raised = run(&mut session, "y = 2\n1/0\nz = 3").await;
     assert_eq!(raised.outcome, Outcome::Raised);
-    assert_eq!(print(&mut session, "print(x, y, f() > 3, A.n, 'z' in globals())").await, "1 2 True 3 False\n");
+    assert_eq!(
+        print(&mut session, "print(x, y, f() > 3, A.n, 'z' in globals())").await,
+        "1 2 True 3 False\n"
+    );
 }
 
 #[tokio::test]
@@ -33,7 +37,9 @@ async fn exceptions_and_exits_are_results() {
         assert!(exception.traceback.contains(part), "{part}: {}", exception.traceback);
     }
     assert!(!exception.traceback.contains("kaa"), "{}", exception.traceback);
-    for (code, exit) in [("import sys; sys.exit(3)", 3), ("raise SystemExit", 0), ("exit('words')", 1)] {
+    for (code, exit) in
+        [("import sys; sys.exit(3)", 3), ("raise SystemExit", 0), ("exit('words')", 1)]
+    {
         let exited = run(&mut session, code).await;
         assert_eq!(exited.outcome, Outcome::Exited { code: exit }, "{code}");
         assert!(!exited.rolled_back);
@@ -140,7 +146,11 @@ async fn dropping_a_future_is_safe() {
     let mut session =
         open(EnvironmentOptions { tools: vec![never], ..EnvironmentOptions::default() });
     run(&mut session, "keep = [41]").await;
-    for code in ["keep.append(1)\nnever()", "keep.append(1)\nwhile True: pass", "import time; time.sleep(60)"] {
+    for code in [
+        "keep.append(1)\nnever()",
+        "keep.append(1)\nwhile True: pass",
+        "import time; time.sleep(60)",
+    ] {
         let dropped = tokio::time::timeout(Duration::from_millis(100), session.execute(code)).await;
         assert!(dropped.is_err(), "{code}");
         assert_eq!(print(&mut session, "print(keep)").await, "[41]\n", "{code}");
@@ -222,7 +232,9 @@ async fn contexts_are_exact() {
     let bytes = Context::Bytes(vec![0, 255]);
     assert_eq!(session.add_context(bytes, Some(7)).await.unwrap(), 7);
     assert_eq!(print(&mut session, "print(context_7)").await, "b'\\x00\\xff'\n");
-    for (bad, word) in [(Context::Text(b"ab\xff".to_vec()), "byte 2"), (Context::Json(b"[1,".to_vec()), "JSON")] {
+    for (bad, word) in
+        [(Context::Text(b"ab\xff".to_vec()), "byte 2"), (Context::Json(b"[1,".to_vec()), "JSON")]
+    {
         let error = session.add_context(bad, None).await.unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     }
@@ -234,7 +246,10 @@ async fn a_large_context_goes_in_and_one_too_large_is_refused() {
     let text: Vec<u8> = b"0123456789abcde\n".iter().copied().cycle().take(100 << 20).collect();
     session.add_context(Context::Text(text), None).await.unwrap();
     let sizes = "print(len(context), context[-16:-1], context.count('a'))";
-    assert_eq!(print(&mut session, sizes).await, format!("{} 0123456789abcde {}\n", 100 << 20, 100 << 16));
+    assert_eq!(
+        print(&mut session, sizes).await,
+        format!("{} 0123456789abcde {}\n", 100 << 20, 100 << 16)
+    );
     let mut small = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() });
     run(&mut small, "keep = 41").await;
     let error = small.add_context(Context::Bytes(vec![1; 200 << 20]), None).await.unwrap_err();
@@ -255,7 +270,8 @@ async fn tools_take_arguments_and_raise() {
     let mut session = open(EnvironmentOptions { tools, ..EnvironmentOptions::default() });
     let shown = print(&mut session, "print(show(1, 'a', k=[None]))").await;
     assert_eq!(shown, "[Int(1), Str(\"a\")] [(\"k\", List([None]))]\n");
-    let bytes = "b = bytes(range(256)) * 4000\nprint(later(b) == b, type(later('x' * 5000)).__name__)";
+    let bytes =
+        "b = bytes(range(256)) * 4000\nprint(later(b) == b, type(later('x' * 5000)).__name__)";
     assert_eq!(print(&mut session, bytes).await, "True str\n");
     let failed = "try: fail()\nexcept KeyError as e: print(repr(e))";
     assert_eq!(print(&mut session, failed).await, "KeyError('gone')\n");
@@ -268,8 +284,10 @@ async fn tools_take_arguments_and_raise() {
 #[tokio::test]
 async fn reset_forgets_everything_but_the_tools() {
     let tool = Tool::new("seven", |_| Ok(Value::from(7i64)));
-    let mut session = open(EnvironmentOptions { tools: vec![tool], ..EnvironmentOptions::default() });
-    run(&mut session, "x = 1\nimport json\njson.dumps = None\nopen('/tmp/f', 'w').write('x')").await;
+    let mut session =
+        open(EnvironmentOptions { tools: vec![tool], ..EnvironmentOptions::default() });
+    run(&mut session, "x = 1\nimport json\njson.dumps = None\nopen('/tmp/f', 'w').write('x')")
+        .await;
     session.add_context(Context::Text(b"c".to_vec()), None).await.unwrap();
     session.reset().await.unwrap();
     let code = "import json, os\nprint('x' in globals(), 'context' in globals(), json.dumps([1]), seven(), os.listdir('/tmp'))";
@@ -317,8 +335,6 @@ async fn options_out_of_range_are_refused_by_name() {
         assert!(error.to_string().starts_with(name), "{error}");
     }
     let mut session = session();
-    let options = kaa::ExecuteOptions {
-        limits: Some(Limits { fuel: 0, ..Limits::default() }),
-    };
+    let options = kaa::ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
     assert!(matches!(session.execute_opts("1", options).await, Err(Error::Invalid { .. })));
 }

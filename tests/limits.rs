@@ -48,7 +48,11 @@ async fn bulk_work_costs_fuel() {
 async fn wall_reaches_sleeps_lm_calls_and_tools() {
     let never = Tool::new_async("never", |_| std::future::pending());
     let mut session = open(EnvironmentOptions {
-        limits: Limits { wall: Duration::from_millis(100), grace: Duration::from_millis(100), ..Limits::default() },
+        limits: Limits {
+            wall: Duration::from_millis(100),
+            grace: Duration::from_millis(100),
+            ..Limits::default()
+        },
         tools: vec![never],
         ..EnvironmentOptions::default()
     });
@@ -61,7 +65,11 @@ async fn wall_reaches_sleeps_lm_calls_and_tools() {
     ] {
         let started = Instant::now();
         let stopped = run(&mut session, code).await;
-        assert_eq!((stopped.limit, stopped.rolled_back), (Some(Limit::Wall), rolled_back), "{code}");
+        assert_eq!(
+            (stopped.limit, stopped.rolled_back),
+            (Some(Limit::Wall), rolled_back),
+            "{code}"
+        );
         assert!(started.elapsed() < Duration::from_secs(2), "{code}: {:?}", started.elapsed());
         assert_eq!(print(&mut session, "print(keep)").await, "41\n");
     }
@@ -129,18 +137,25 @@ time.sleep(3600)
 print(time.time())
 for x in {'a', 'b', 'c', 'd'}: print(x, end='')
 ";
-    let policy = Policy { seed: Some(7), clock: Clock::Fixed(1_000_000_000_000_000_000), ..Policy::default() };
-    let reproducible = || {
-        open(EnvironmentOptions { policy: policy.clone(), ..EnvironmentOptions::default() })
+    let policy = Policy {
+        seed: Some(7),
+        clock: Clock::Fixed(1_000_000_000_000_000_000),
+        ..Policy::default()
     };
+    let reproducible =
+        || open(EnvironmentOptions { policy: policy.clone(), ..EnvironmentOptions::default() });
     let first = run(&mut reproducible(), code).await;
     let second = run(&mut reproducible(), code).await;
     assert_eq!(first.stdout, second.stdout);
     assert_eq!(first.usage.fuel, second.usage.fuel);
     assert!(first.stdout.text().contains("2001-09-09"), "{}", first.stdout.text());
     assert!(first.usage.wall < Duration::from_secs(60));
-    let free = run(&mut common::session(), "import random, os\nprint(random.random(), os.urandom(8))").await;
-    let other = run(&mut common::session(), "import random, os\nprint(random.random(), os.urandom(8))").await;
+    let free =
+        run(&mut common::session(), "import random, os\nprint(random.random(), os.urandom(8))")
+            .await;
+    let other =
+        run(&mut common::session(), "import random, os\nprint(random.random(), os.urandom(8))")
+            .await;
     assert_ne!(free.stdout, other.stdout);
 }
 

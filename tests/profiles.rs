@@ -18,7 +18,12 @@ const RLM: &[Case] = &[
     (&["x = 5"], "", None, None),
     (&["x = 5\nx"], "", Some("5"), None),
     (&["None"], "", None, None),
-    (&["print(SHOW_VARS())"], "No variables created yet. Use ```repl``` blocks to create variables.\n", None, None),
+    (
+        &["print(SHOW_VARS())"],
+        "No variables created yet. Use ```repl``` blocks to create variables.\n",
+        None,
+        None,
+    ),
     (&["x = 5\n_y = 1", "print(SHOW_VARS())"], "Available variables: {'x': 'int'}\n", None, None),
     (&["x = 5", "print(FINAL_VAR('x'), FINAL_VAR(' \"x\" '))"], "5 5\n", None, None),
     (
@@ -34,17 +39,54 @@ const RLM: &[Case] = &[
     (&["answer = {'content': 'r', 'ready': True}"], "", None, Some("r")),
     (&["answer['ready'] = True", "1"], "", Some("1"), None),
     (&["answer['content'] = 'not yet'"], "", None, None),
-    (&["class A:\n    pass\nimport pickle\nprint(type(pickle.loads(pickle.dumps(A()))) is A)"], "True\n", None, None),
-    (&["def g():\n    yield 1\n    yield 2\ni = g()\nnext(i)", "print(next(i))"], "2\n", None, None),
+    (
+        &["class A:\n    pass\nimport pickle\nprint(type(pickle.loads(pickle.dumps(A()))) is A)"],
+        "True\n",
+        None,
+        None,
+    ),
+    (
+        &["def g():\n    yield 1\n    yield 2\ni = g()\nnext(i)", "print(next(i))"],
+        "2\n",
+        None,
+        None,
+    ),
     (&["print(rlm_query('x'))"], "Error: No LM handler configured\n", None, None),
     (&["print(llm_query(None).startswith('Error: LM query failed'))"], "True\n", None, None),
-    (&["import asyncio\nasync def f(n):\n    await asyncio.sleep(0.01)\n    return n\nasync def m():\n    print(await asyncio.gather(f(1), f(2)))\nasyncio.run(m())"], "[1, 2]\n", None, None),
-    (&["from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nprint(P(1))"], "P(x=1)\n", None, None),
-    (&["import sqlite3, zlib, hashlib, decimal\nprint(decimal.Decimal(1) / 3)"], "0.3333333333333333333333333333\n", None, None),
+    (
+        &[
+            "import asyncio\nasync def f(n):\n    await asyncio.sleep(0.01)\n    return n\nasync def m():\n    print(await asyncio.gather(f(1), f(2)))\nasyncio.run(m())",
+        ],
+        "[1, 2]\n",
+        None,
+        None,
+    ),
+    (
+        &["from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nprint(P(1))"],
+        "P(x=1)\n",
+        None,
+        None,
+    ),
+    (
+        &["import sqlite3, zlib, hashlib, decimal\nprint(decimal.Decimal(1) / 3)"],
+        "0.3333333333333333333333333333\n",
+        None,
+        None,
+    ),
     (&["try: input()\nexcept EOFError: print('eof')"], "eof\n", None, None),
-    (&["del answer, context_0" , "1"], "", Some("1"), None),
-    (&["import inspect\ndef f(): return 1\nprint(inspect.getsource(f), end='')"], "def f(): return 1\n", None, None),
-    (&["print(__name__, __import__('__main__').__dict__ is globals())"], "__main__ True\n", None, None),
+    (&["del answer, context_0", "1"], "", Some("1"), None),
+    (
+        &["import inspect\ndef f(): return 1\nprint(inspect.getsource(f), end='')"],
+        "def f(): return 1\n",
+        None,
+        None,
+    ),
+    (
+        &["print(__name__, __import__('__main__').__dict__ is globals())"],
+        "__main__ True\n",
+        None,
+        None,
+    ),
 ];
 
 const OPENENV: &[Case] = &[
@@ -68,8 +110,14 @@ async fn each_profile_has_its_own_rules() {
             }
             let last = last.unwrap();
             let found = (last.stdout.text().into_owned(), last.final_answer.as_deref());
-            if found != ((*stdout).to_owned(), *answer) || (value.is_some() && last.value.as_deref() != *value) {
-                wrong.push(format!("{profile:?} {cells:?}: {found:?} {:?}\n{}", last.value, last.stderr.text()));
+            if found != ((*stdout).to_owned(), *answer)
+                || (value.is_some() && last.value.as_deref() != *value)
+            {
+                wrong.push(format!(
+                    "{profile:?} {cells:?}: {found:?} {:?}\n{}",
+                    last.value,
+                    last.stderr.text()
+                ));
             }
         }
     }
@@ -84,16 +132,31 @@ async fn openenv_cuts_streams_refuses_imports_and_raises_lm_errors() {
         ..EnvironmentOptions::default()
     });
     let long = run(&mut session, "print('x' * 10_000)").await;
-    assert_eq!(long.stdout.text(), format!("{}\n... (truncated, total 10001 chars)", "x".repeat(8192)));
+    assert_eq!(
+        long.stdout.text(),
+        format!("{}\n... (truncated, total 10001 chars)", "x".repeat(8192))
+    );
     let refused = run(&mut session, "import os").await;
     let exception = refused.exception.unwrap();
-    assert!(exception.message.starts_with("Import of os is not allowed. Authorized imports are: ["), "{}", exception.message);
-    assert!(refused.stderr.text().starts_with("ImportError: Import of os"), "{}", refused.stderr.text());
-    assert_eq!(run(&mut session, "import json, statistics, collections").await.outcome, Outcome::Completed);
+    assert!(
+        exception.message.starts_with("Import of os is not allowed. Authorized imports are: ["),
+        "{}",
+        exception.message
+    );
+    assert!(
+        refused.stderr.text().starts_with("ImportError: Import of os"),
+        "{}",
+        refused.stderr.text()
+    );
+    assert_eq!(
+        run(&mut session, "import json, statistics, collections").await.outcome,
+        Outcome::Completed
+    );
     let raised = run(&mut session, "llm_query('x')").await;
     assert!(raised.exception.unwrap().message.contains("kaput"));
     let new = run(&mut session, "a = 'y' * 1000\n_b = 2").await;
-    let names: Vec<_> = new.variables.iter().map(|v| (v.name.as_str(), v.new, v.repr.len())).collect();
+    let names: Vec<_> =
+        new.variables.iter().map(|v| (v.name.as_str(), v.new, v.repr.len())).collect();
     assert_eq!(names, [("a", true, 503)]);
 }
 
@@ -109,13 +172,21 @@ async fn imports_can_be_allowed_by_name() {
 #[tokio::test]
 async fn reports_name_new_and_changed_variables() {
     let mut session = session();
-    let first = run(&mut session, "a = [1]\nb = 'x' * 600\n_c = 1\nimport math\ndef f(): pass").await;
-    let seen: Vec<_> = first.variables.iter().map(|v| (v.name.as_str(), v.type_name.as_str(), v.new)).collect();
-    let expected = [("a", "list", true), ("b", "str", true), ("math", "module", true), ("f", "function", true)];
+    let first =
+        run(&mut session, "a = [1]\nb = 'x' * 600\n_c = 1\nimport math\ndef f(): pass").await;
+    let seen: Vec<_> =
+        first.variables.iter().map(|v| (v.name.as_str(), v.type_name.as_str(), v.new)).collect();
+    let expected = [
+        ("a", "list", true),
+        ("b", "str", true),
+        ("math", "module", true),
+        ("f", "function", true),
+    ];
     assert_eq!(seen, expected);
     assert_eq!(first.variables[1].repr, format!("'{}...", "x".repeat(499)));
     let second = run(&mut session, "a.append(2)\nb = 1\n_c = 2").await;
-    let seen: Vec<_> = second.variables.iter().map(|v| (v.name.as_str(), v.repr.as_str(), v.new)).collect();
+    let seen: Vec<_> =
+        second.variables.iter().map(|v| (v.name.as_str(), v.repr.as_str(), v.new)).collect();
     assert_eq!(seen, [("a", "[1, 2]", false), ("b", "1", false)]);
 }
 
@@ -145,14 +216,18 @@ impl LmHandler for Slow {
         tokio::time::sleep(Duration::from_millis(100)).await;
         self.now.fetch_sub(1, Ordering::SeqCst);
         self.batches.fetch_add(1, Ordering::SeqCst);
-        Ok(LmCompletion { response: request.prompt.to_text().to_uppercase(), ..LmCompletion::default() })
+        Ok(LmCompletion {
+            response: request.prompt.to_text().to_uppercase(),
+            ..LmCompletion::default()
+        })
     }
 }
 
 #[tokio::test]
 async fn threads_and_pools_gather_lm_calls_into_a_batch() {
     let handler = Arc::new(Slow::default());
-    let mut session = open(EnvironmentOptions { lm: Some(handler.clone()), ..EnvironmentOptions::default() });
+    let mut session =
+        open(EnvironmentOptions { lm: Some(handler.clone()), ..EnvironmentOptions::default() });
     let cells = [
         "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as pool: print(list(pool.map(llm_query, 'abcdefgh')))",
         "def ask(x):\n    return llm_query('p' + x) + '!'\nwith ThreadPoolExecutor(8) as pool: print([f.result() for f in [pool.submit(ask, x) for x in 'abcdefgh']])",

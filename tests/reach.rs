@@ -45,7 +45,8 @@ async fn mounts_are_read_only_unless_asked_and_have_no_way_out() {
     std::fs::write(outside.join("secret"), "secret").unwrap();
     std::os::unix::fs::symlink(outside.join("secret"), inside.join("link")).unwrap();
     std::os::unix::fs::symlink("../out", inside.join("up")).unwrap();
-    let mount = |guest: &str, writable| Mount { host: inside.clone(), guest: guest.into(), writable };
+    let mount =
+        |guest: &str, writable| Mount { host: inside.clone(), guest: guest.into(), writable };
     let mounts = vec![mount("/data", false), mount("/work", true), mount("/work/deep", false)];
     let policy = Policy { mounts, ..Policy::default() };
     let mut session = open(EnvironmentOptions { policy, ..EnvironmentOptions::default() });
@@ -94,7 +95,11 @@ async fn policies_that_cannot_be_are_refused_by_name() {
         (Policy { mounts: vec![mount("/a"), mount("/a")], ..Policy::default() }, "two mounts"),
         (
             Policy {
-                mounts: vec![Mount { host: "/no/such/dir".into(), guest: "/a".into(), writable: false }],
+                mounts: vec![Mount {
+                    host: "/no/such/dir".into(),
+                    guest: "/a".into(),
+                    writable: false,
+                }],
                 ..Policy::default()
             },
             "/no/such/dir",
@@ -104,7 +109,10 @@ async fn policies_that_cannot_be_are_refused_by_name() {
     for (policy, word) in cases {
         let options = EnvironmentOptions { policy, ..EnvironmentOptions::default() };
         let error = common::runtime().environment(&common::image("base"), options).unwrap_err();
-        assert!(matches!(error, Error::Invalid { .. }) && error.to_string().contains(word), "{error}");
+        assert!(
+            matches!(error, Error::Invalid { .. }) && error.to_string().contains(word),
+            "{error}"
+        );
     }
 }
 
@@ -112,7 +120,11 @@ async fn policies_that_cannot_be_are_refused_by_name() {
 async fn sessions_do_not_see_each_other() {
     let mut one = session();
     let mut two = session();
-    run(&mut one, "secret = 'mine'\nopen('/tmp/secret', 'w').write('mine')\nimport json\njson.marker = 1").await;
+    run(
+        &mut one,
+        "secret = 'mine'\nopen('/tmp/secret', 'w').write('mine')\nimport json\njson.marker = 1",
+    )
+    .await;
     let code = "import os, json\nprint('secret' in globals(), os.listdir('/tmp'), hasattr(json, 'marker'))";
     assert_eq!(print(&mut two, code).await, "False [] False\n");
     drop(one);

@@ -2,8 +2,7 @@
 //! to count brackets and to see open strings. Everything else is left to Python.
 
 /// Statements that may go on after their first line, even when that line could stand alone.
-const COMPOUND: &[&str] =
-    &["async", "class", "def", "for", "if", "try", "while", "with"];
+const COMPOUND: &[&str] = &["async", "class", "def", "for", "if", "try", "while", "with"];
 
 /// Whether more lines belong to the cell; `source` ends without the newline of its last line. A block
 /// ends with an empty line.
@@ -17,9 +16,7 @@ pub(super) fn needs_more(source: &str) -> bool {
     }
     let line = if scan.line.trim().is_empty() { &scan.line_before } else { &scan.line };
     let word = line.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or_default();
-    line.trim_end().ends_with(':')
-        || line.starts_with([' ', '\t', '@'])
-        || COMPOUND.contains(&word)
+    line.trim_end().ends_with(':') || line.starts_with([' ', '\t', '@']) || COMPOUND.contains(&word)
 }
 
 /// What is open at the end of a source.
@@ -110,10 +107,27 @@ mod tests {
     #[test]
     fn whole_cells_are_run_at_once() {
         for source in [
-            "", "1 + 1", "x = [1,\n 2]", "s = 'it''s'", "s = \"# no comment (\"", "f(')')",
-            "'''a\nb'''", "x = 1  # :", "x = 'unterminated", "print(r'\\')", ")", "# comment (",
-            "if x:\n    y\n", "if x:\n    y\n\n", "def f():\n    return 1\n\n", "x = {'a': 1}",
-            "def f():\n    return 1\nf()", "a = 1 + \\\n 2", "lambda: 0", "'a\\'b'", "format(1)",
+            "",
+            "1 + 1",
+            "x = [1,\n 2]",
+            "s = 'it''s'",
+            "s = \"# no comment (\"",
+            "f(')')",
+            "'''a\nb'''",
+            "x = 1  # :",
+            "x = 'unterminated",
+            "print(r'\\')",
+            ")",
+            "# comment (",
+            "if x:\n    y\n",
+            "if x:\n    y\n\n",
+            "def f():\n    return 1\n\n",
+            "x = {'a': 1}",
+            "def f():\n    return 1\nf()",
+            "a = 1 + \\\n 2",
+            "lambda: 0",
+            "'a\\'b'",
+            "format(1)",
         ] {
             assert!(!needs_more(source), "{source:?}");
         }
@@ -122,10 +136,23 @@ mod tests {
     #[test]
     fn open_cells_wait() {
         for source in [
-            "if x:", "if x: pass", "for i in y:\n    print(i)", "@decorator", "x = (", "f(1,",
-            "x = [1,\n\n", "'''text", "'''text\n\nmore", "a = 1 + \\", "class A: # comment",
-            "def f(a,\n      b):", "if x:\n    y\nelse:", "match x:", "s = 'a\\",
-            "try:\n    pass\nexcept E:\n    pass", "if x:\n    # comment",
+            "if x:",
+            "if x: pass",
+            "for i in y:\n    print(i)",
+            "@decorator",
+            "x = (",
+            "f(1,",
+            "x = [1,\n\n",
+            "'''text",
+            "'''text\n\nmore",
+            "a = 1 + \\",
+            "class A: # comment",
+            "def f(a,\n      b):",
+            "if x:\n    y\nelse:",
+            "match x:",
+            "s = 'a\\",
+            "try:\n    pass\nexcept E:\n    pass",
+            "if x:\n    # comment",
             "if x:\n    y\n# comment",
         ] {
             assert!(needs_more(source), "{source:?}");

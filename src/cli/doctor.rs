@@ -77,7 +77,8 @@ impl Doctor {
         };
         let text = format!("{} free", megabytes(available));
         if available < COMPILE_BYTES {
-            let text = format!("{text}; compiling the guest once takes about {}", Size(COMPILE_BYTES));
+            let text =
+                format!("{text}; compiling the guest once takes about {}", Size(COMPILE_BYTES));
             return self.say(Finding::Note, "memory", &text);
         }
         self.say(Finding::Ok, "memory", &text)
@@ -104,7 +105,9 @@ impl Doctor {
             let text = "vm.overcommit_memory is 2: the kernel may refuse what sessions reserve";
             self.say(Finding::Note, "overcommit", text)?;
         }
-        if let Some(mappings) = read("/proc/sys/vm/max_map_count").and_then(|n| n.parse::<u64>().ok()) {
+        if let Some(mappings) =
+            read("/proc/sys/vm/max_map_count").and_then(|n| n.parse::<u64>().ok())
+        {
             let sessions = mappings / SESSION_MAPPINGS;
             let text = format!("{mappings} (vm.max_map_count), about {sessions} sessions at once");
             let finding = if sessions < 100 { Finding::Note } else { Finding::Ok };
@@ -231,7 +234,8 @@ impl Doctor {
 
     fn free_space(&mut self, path: &Path, ready: bool) -> Result<(), Failure> {
         // The directory itself may not be there yet.
-        let there = path.ancestors().find(|path| path.exists()).map_or(PathBuf::from("/"), Path::to_owned);
+        let there =
+            path.ancestors().find(|path| path.exists()).map_or(PathBuf::from("/"), Path::to_owned);
         let Ok(disk) = rustix::fs::statvfs(&there) else {
             return self.say(Finding::Note, "disk", "this system doesn't tell how much is free");
         };

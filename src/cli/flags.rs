@@ -132,7 +132,10 @@ impl SessionFlags {
         }
         if let Some(path) = &self.context_json {
             if path == Path::new("-") {
-                return Err(Failure::usage("--context-json", "stdin can't be used here; name a file"));
+                return Err(Failure::usage(
+                    "--context-json",
+                    "stdin can't be used here; name a file",
+                ));
             }
             contexts.push(Context::Json(read("--context-json", path, limits.memory_bytes)?));
         }
@@ -190,12 +193,12 @@ pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, F
     let result = if path == Path::new("-") {
         std::io::stdin().lock().take(bytes_max + 1).read_to_end(&mut bytes)
     } else {
-        std::fs::File::open(path)
-            .and_then(|file| file.take(bytes_max + 1).read_to_end(&mut bytes))
+        std::fs::File::open(path).and_then(|file| file.take(bytes_max + 1).read_to_end(&mut bytes))
     };
     result.map_err(|e| Failure::usage(flag, format!("reading {}: {e}", path.display())))?;
     if bytes.len() as u64 > bytes_max {
-        let reason = format!("{} is larger than the session's memory; see --memory", path.display());
+        let reason =
+            format!("{} is larger than the session's memory; see --memory", path.display());
         return Err(Failure::usage(flag, reason));
     }
     Ok(bytes)
@@ -241,7 +244,8 @@ fn env(text: &str) -> Result<(String, Option<String>), String> {
 }
 
 fn variable(text: &str) -> Result<(String, Value), String> {
-    let (name, json) = text.split_once('=').ok_or("write NAME=JSON, for example n=5 or s='\"text\"'")?;
+    let (name, json) =
+        text.split_once('=').ok_or("write NAME=JSON, for example n=5 or s='\"text\"'")?;
     let value: serde_json::Value = serde_json::from_str(json).map_err(|e| {
         format!("what follows the `=` must be JSON ({e}); a text needs quotes: {name}='\"text\"'")
     })?;

@@ -215,9 +215,8 @@ fn list(console: Console, as_json: bool) -> Result<Ending, Failure> {
                 console.line(&json(&image_record(name, manifest, &images)))?;
             }
             Ok(manifest) => console.line(&row(name, manifest))?,
-            Err(error) if as_json => console.line(&json(
-                &serde_json::json!({ "name": name, "error": error.to_string() }),
-            ))?,
+            Err(error) if as_json => console
+                .line(&json(&serde_json::json!({ "name": name, "error": error.to_string() })))?,
             Err(error) => console.line(&format!("{name:<16} can't be used: {error}"))?,
         }
     }

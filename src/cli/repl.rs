@@ -65,8 +65,15 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
         session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
         Ok::<_, Failure>(environment)
     })?;
-    let mut repl =
-        Repl { environment, plan, console, interrupts, reactor, last: None, total: Usage::default() };
+    let mut repl = Repl {
+        environment,
+        plan,
+        console,
+        interrupts,
+        reactor,
+        last: None,
+        total: Usage::default(),
+    };
     let result = repl.take_cells(&mut input);
     input.save();
     let Repl { environment, reactor, .. } = repl;

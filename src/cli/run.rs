@@ -53,8 +53,7 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
     let (runtime, image) = session::prepare(&plan, console)?;
     let result = session::block_on(async {
         let Plan { options, contexts, variables, .. } = plan;
-        let mut environment: Box<dyn Environment> =
-            Box::new(runtime.environment(&image, options)?);
+        let mut environment: Box<dyn Environment> = Box::new(runtime.environment(&image, options)?);
         let result = async {
             session::fill(&mut *environment, contexts, variables).await?;
             run_cells(&mut *environment, &cells, console, flags.json).await

@@ -62,9 +62,7 @@ pub(super) fn reactor() -> Result<tokio::runtime::Runtime, Failure> {
 }
 
 /// Runs a future to its end, without waiting for what it left running in the background.
-pub(super) fn block_on<T>(
-    future: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
+pub(super) fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     let reactor = reactor()?;
     let result = reactor.block_on(future);
     reactor.shutdown_background();
@@ -83,6 +81,10 @@ pub(super) async fn fill(
             _ => "--context",
         };
         environment.add_context(context, None).await.map_err(|error| match error {
+            // A MemoryError of the guest has no words of its own.
+            kaa::Error::Invalid { reason, .. } if reason.trim().is_empty() => {
+                Failure::usage(flag, "it does not fit into the session's memory; see --memory")
+            }
             kaa::Error::Invalid { reason, .. } => {
                 Failure::usage(flag, reason.replace("limits.memory_bytes", "--memory"))
             }

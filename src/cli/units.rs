@@ -53,7 +53,9 @@ impl FromStr for Span {
         let seconds = digits.parse::<f64>().ok().filter(|_| plain).map(|number| number * unit);
         let time = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         match (time, seconds) {
-            (Some(time), Some(seconds)) if !time.is_zero() && seconds <= SECONDS_MAX => Ok(Self(time)),
+            (Some(time), Some(seconds)) if !time.is_zero() && seconds <= SECONDS_MAX => {
+                Ok(Self(time))
+            }
             (_, Some(_)) => Err("it must be more than 0 and at most a year".into()),
             _ => Err("write seconds, or a number with ms, s, m or h: 10, 1.5s, 500ms".into()),
         }
@@ -117,10 +119,14 @@ mod tests {
 
     #[test]
     fn what_is_typed_is_what_is_meant_and_shown() {
-        for (text, bytes) in [("0", 0), ("4096", 4096), ("64K", 65_536), ("512M", 512 << 20), ("4G", 1 << 32)] {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("64K", 65_536), ("512M", 512 << 20), ("4G", 1 << 32)]
+        {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
-        for (text, ms) in [("10", 10_000), ("10s", 10_000), ("500ms", 500), ("1.5m", 90_000), (".5", 500)] {
+        for (text, ms) in
+            [("10", 10_000), ("10s", 10_000), ("500ms", 500), ("1.5m", 90_000), (".5", 500)]
+        {
             assert_eq!(text.parse(), Ok(Span(Duration::from_millis(ms))), "{text}");
         }
         for (text, count) in [("1", 1), ("5_000", 5_000), ("200e9", 200_000_000_000)] {
@@ -142,7 +148,8 @@ mod tests {
         for text in ["", "M", "-1", "1MB", "1.5G", "0x10", "99999999999G", "1 G", "_1"] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
-        for text in ["", "s", "-1", "0", "0ms", "nan", "inf", "1e3", "1.2.3", "9999h", "+1", "5 s"] {
+        for text in ["", "s", "-1", "0", "0ms", "nan", "inf", "1e3", "1.2.3", "9999h", "+1", "5 s"]
+        {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
         for text in ["", "-1", "1.5", "e9", "1e99", "1e", "many"] {

@@ -418,7 +418,7 @@ fn replace_lone_surrogates(json: &mut [u8]) {
     }
 }
 
-/// The UTF-16 unit that the six bytes `\uXXXX` at `at` stand for.
+/// The UTF-16 unit that the six bytes `\uHHHH` at `at` stand for.
 fn unit_at(json: &[u8], at: usize) -> Option<u16> {
     let digits = json.get(at..at.checked_add(6)?)?.strip_prefix(b"\\u")?;
     digits.iter().try_fold(0, |unit, digit| {

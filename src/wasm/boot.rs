@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde_json::json;
 use super::fetch::megabytes;
 use super::files::{Files, Scratch};
 use super::guest::Guest;
@@ -22,10 +21,13 @@ use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
 use crate::capture::Capture;
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
-use crate::image::{Entry, FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private};
+use crate::image::{
+    Entry, FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private,
+};
 use crate::limits::Limits;
 use crate::policy::{Clock, Mount, Policy};
 use crate::protocol::Message;
+use serde_json::json;
 
 pub(crate) const MEMORY: &str = "memory.bin";
 /// Files that an image brings, and where its sessions see them.
@@ -71,39 +73,17 @@ pub(crate) fn build(
     progress(Progress::Begin { step: "boot", bytes: None });
     let draft = store.draft()?;
     let site = recipe.write_site(store, parent.manifest.as_ref(), &draft.path().join(SITE))?;
-    let work = store.draft()?;
-    let scratch = Scratch::new(work.path())?;
-    let mut policy = Policy {
-        clock: Clock::Fixed(BOOT_TIME_NS),
-        seed: Some(BOOT_SEED),
-        ..Policy::default()
-    };
-    if site {
-        policy.mounts.push(site_mount(&draft.path().join(SITE)));
-    }
-    let directories =
-        Directories { stdlib: &compiled.stdlib(), scratch: scratch.path(), root: &store.empty() };
-    let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
-    let guest = boot_guest(&directories, &policy, dot)?;
-    let session = Session::new(Arc::clone(&parent.start), guest)?;
-    let fresh = parent.manifest.is_none();
-    // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
-    // called from anywhere.
-    let booted = std::thread::scope(|scope| {
-        let boot = scope.spawn(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-            let runtime = runtime.map_err(|e| Error::io("starting a runtime for the boot", e))?;
-            runtime.block_on(boot(session, fresh, dot, recipe, site))
-        });
-        boot.join().unwrap_or_else(|_| Err(Error::Internal("the boot panicked".into())))
-    })?;
-    let Booted { mut session, dot, entry } = booted;
+    let Booted { mut session, dot, entry } =
+        start(store, compiled, parent, recipe, site.then(|| draft.path().join(SITE)))?;
     let (memory, globals) = session.state();
     let memory_bytes = memory.len() as u64;
     write_memory(&draft.path().join(MEMORY), memory)?;
-    let globals = parent.start.globals.iter().zip(globals).map(|(record, bits)| {
-        crate::image::GlobalRecord { bits, ..record.clone() }
-    });
+    let globals = parent
+        .start
+        .globals
+        .iter()
+        .zip(globals)
+        .map(|(record, bits)| crate::image::GlobalRecord { bits, ..record.clone() });
     let globals = globals.collect();
     let mut files = vec![FileRecord::of(draft.path(), MEMORY)?];
     if site {
@@ -133,6 +113,39 @@ pub(crate) fn build(
     let detail = format!("image `{}`, {} of memory", recipe.name, megabytes(memory_bytes));
     progress(Progress::End { detail, elapsed: started.elapsed() });
     Ok(manifest)
+}
+
+/// Starts a guest on the parent's memory and runs what the recipe says.
+fn start(
+    store: &Store,
+    compiled: &CompiledGuest,
+    parent: &Parent,
+    recipe: &Recipe,
+    site: Option<PathBuf>,
+) -> Result<Booted> {
+    let work = store.draft()?;
+    let scratch = Scratch::new(work.path())?;
+    let mut policy =
+        Policy { clock: Clock::Fixed(BOOT_TIME_NS), seed: Some(BOOT_SEED), ..Policy::default() };
+    if let Some(site) = &site {
+        policy.mounts.push(site_mount(site));
+    }
+    let directories =
+        Directories { stdlib: &compiled.stdlib(), scratch: scratch.path(), root: &store.empty() };
+    let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
+    let guest = boot_guest(&directories, &policy, dot)?;
+    let session = Session::new(Arc::clone(&parent.start), guest)?;
+    let fresh = parent.manifest.is_none();
+    // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
+    // called from anywhere.
+    std::thread::scope(|scope| {
+        let boot = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+            let runtime = runtime.map_err(|e| Error::io("starting a runtime for the boot", e))?;
+            runtime.block_on(boot(session, fresh, dot, recipe, site.is_some()))
+        });
+        boot.join().unwrap_or_else(|_| Err(Error::Internal("the boot panicked".into())))
+    })
 }
 
 /// The mount by which sessions see the files of their image.
@@ -192,7 +205,8 @@ async fn boot(
     if !recipe.imports.is_empty() {
         let request = Message::new(json!({ "op": "preload", "imports": recipe.imports }));
         let reply = turn(&mut session, TURN, Some(request)).await?;
-        let failed = reply.header.get("failed").and_then(|failed| failed.as_array()?.first().cloned());
+        let failed =
+            reply.header.get("failed").and_then(|failed| failed.as_array()?.first().cloned());
         if let Some(failed) = failed {
             return Err(Error::invalid("import", format!("the guest can't import {failed}")));
         }
@@ -230,7 +244,11 @@ async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
     Err(Error::invalid(format!("setup code {path}"), traceback.to_owned()))
 }
 
-async fn turn(session: &mut Session, line: &'static str, request: Option<Message>) -> Result<Message> {
+async fn turn(
+    session: &mut Session,
+    line: &'static str,
+    request: Option<Message>,
+) -> Result<Message> {
     let limits = Limits::unlimited();
     let expects_reply = request.is_some();
     let guest = session.guest_mut();

@@ -115,8 +115,12 @@ impl Budget {
 
     /// Notes that a soft stop is made now.
     pub(crate) fn note_stop(&mut self, limit: Limit) {
-        self.stop =
-            Some(Stop { limit, fuel: self.fuel, compute: self.compute_so_far(), at: Instant::now() });
+        self.stop = Some(Stop {
+            limit,
+            fuel: self.fuel,
+            compute: self.compute_so_far(),
+            at: Instant::now(),
+        });
     }
 
     /// The soft stop of this cell, if there was one.

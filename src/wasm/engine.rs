@@ -20,9 +20,34 @@ const _: () = assert!(FIBER_STACK_BYTES - WASM_STACK_BYTES >= 1 << 20, "host fra
 /// own check of artifacts doesn't see.
 pub(crate) const CONFIG_VERSION: u32 = 1;
 
-fn config() -> Config {
+/// How guests are metered. Everything but the default is for measuring what metering costs, and for
+/// checking one count against another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub enum Metering {
+    /// Kaa's own pass: counts, stops, yields.
+    #[default]
+    Kaa,
+    /// Nothing counts, so that nothing can stop a guest that computes, and it never yields.
+    Off,
+    /// wasmtime's fuel: counts, and does nothing else.
+    WasmtimeFuel,
+}
+
+impl Metering {
+    /// What the images of this metering have behind their names.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Kaa => "",
+            Self::Off => ".unmetered",
+            Self::WasmtimeFuel => ".wasmtime-fuel",
+        }
+    }
+}
+
+fn config(metering: Metering) -> Config {
     let mut config = Config::new();
     config
+        .consume_fuel(metering == Metering::WasmtimeFuel)
         .wasm_exceptions(true)
         .max_wasm_stack(WASM_STACK_BYTES)
         .async_stack_size(FIBER_STACK_BYTES)
@@ -39,6 +64,8 @@ fn config() -> Config {
         .with_host_memory(Arc::new(SlotCreator))
         .with_host_stack(Arc::new(StackPool::default()))
         .cranelift_opt_level(OptLevel::Speed)
+        // Off in every profile: it would also give debug builds of Kaa artifacts of their own.
+        .cranelift_debug_verifier(false)
         .concurrency_support(false)
         // Nobody unwinds or symbolizes guest code; leaving the tables out halves the artifact.
         .generate_address_map(false)
@@ -52,6 +79,7 @@ fn config() -> Config {
 /// # Errors
 ///
 /// [`Error::Internal`] when the machine's processor or system is one that wasmtime has no support for.
-pub(crate) fn engine() -> Result<Engine> {
-    Engine::new(&config()).map_err(|e| Error::Internal(format!("starting the Wasm engine: {e:#}")))
+pub(crate) fn engine(metering: Metering) -> Result<Engine> {
+    Engine::new(&config(metering))
+        .map_err(|e| Error::Internal(format!("starting the Wasm engine: {e:#}")))
 }

@@ -199,9 +199,11 @@ impl WasmEnvironment {
         }
         let limit = guest.budget.stopped_by();
         let (outcome, type_name, message) = match end {
-            TurnEnd::Exited(code) => {
-                (Outcome::Exited { code }, "SystemExit", format!("the interpreter exited with {code}"))
-            }
+            TurnEnd::Exited(code) => (
+                Outcome::Exited { code },
+                "SystemExit",
+                format!("the interpreter exited with {code}"),
+            ),
             TurnEnd::Trapped(trap) => (Outcome::Exited { code: EXIT_ABORTED }, "Trap", trap),
             _ => {
                 let name = limit.map_or("?", Limit::name);
@@ -340,8 +342,7 @@ impl Environment for WasmEnvironment {
             Context::Bytes(body) => ("bytes", body),
             Context::Json(body) => ("json", body),
         };
-        let mut request =
-            Message::new(json!({ "op": "context", "index": index, "kind": kind }));
+        let mut request = Message::new(json!({ "op": "context", "index": index, "kind": kind }));
         request.body = body;
         let reply = self.service("context", request).await?;
         let index = reply.header.get("index").and_then(serde_json::Value::as_u64);

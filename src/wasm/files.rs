@@ -40,11 +40,9 @@ impl Scratch {
     /// [`Error::Io`] when it can't be made.
     pub(crate) fn new(parent: &Path) -> Result<Self> {
         let prefix = format!("{}-", std::process::id());
-        tempfile::Builder::new()
-            .prefix(&prefix)
-            .tempdir_in(parent)
-            .map(Self)
-            .map_err(|e| Error::io(format!("making a scratch directory in {}", parent.display()), e))
+        tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).map(Self).map_err(|e| {
+            Error::io(format!("making a scratch directory in {}", parent.display()), e)
+        })
     }
 
     /// The directory.
@@ -62,8 +60,11 @@ impl Scratch {
         for entry in fs::read_dir(self.path()).map_err(|e| Error::io(context(), e))? {
             let entry = entry.map_err(|e| Error::io(context(), e))?;
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let removed =
-                if is_dir { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            let removed = if is_dir {
+                fs::remove_dir_all(entry.path())
+            } else {
+                fs::remove_file(entry.path())
+            };
             removed.map_err(|e| Error::io(context(), e))?;
         }
         Ok(())

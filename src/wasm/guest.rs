@@ -138,7 +138,9 @@ impl ResourceLimiter for MemoryLimit {
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
         let added = desired.saturating_sub(current).saturating_mul(TABLE_ELEMENT_BYTES);
-        if current > 0 && added.saturating_add(self.memory_bytes + self.table_bytes) > self.bytes_max {
+        if current > 0
+            && added.saturating_add(self.memory_bytes + self.table_bytes) > self.bytes_max
+        {
             return Ok(false);
         }
         self.table_bytes = self.table_bytes.saturating_add(added);
@@ -306,7 +308,8 @@ async fn call(
     charge_bytes(&mut caller, len.into())?;
     let memory = caller.data().handles()?.memory;
     let (bytes, guest) = memory.data_and_store_mut(&mut caller);
-    let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX) else {
+    let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
+    else {
         return Ok(CALL_FAULT);
     };
     let answer = Message::from_bytes(bytes).and_then(|message| guest.conversation.answer(message));
@@ -340,7 +343,8 @@ async fn put(caller: &mut Caller<'_, Guest>, bytes: &[u8]) -> wasmtime::Result<O
     };
     let start = address as usize;
     // `host_alloc` is guest code: what it answers is checked like everything else.
-    let target = handles.memory.data_mut(&mut *caller).get_mut(start..start.saturating_add(bytes.len()));
+    let target =
+        handles.memory.data_mut(&mut *caller).get_mut(start..start.saturating_add(bytes.len()));
     match target {
         Some(target) if address != 0 => {
             target.copy_from_slice(bytes);

@@ -271,7 +271,10 @@ impl Slot {
     /// [`Error::Io`] when the system refuses a mapping; the slot must not be used then.
     pub(crate) fn rewind(&mut self, image: &Arc<MemoryImage>, bytes: usize) -> Result<()> {
         self.image = Arc::clone(image);
-        assert!(bytes >= image.bytes && bytes <= RESERVATION, "a memory never shrinks below its image");
+        assert!(
+            bytes >= image.bytes && bytes <= RESERVATION,
+            "a memory never shrinks below its image"
+        );
         #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
         // SAFETY: the range belongs to this slot's reservation, and with `&mut self` no reference
         // into the mapping exists.
@@ -426,7 +429,9 @@ unsafe impl MemoryCreator for SlotCreator {
     ) -> Result<Box<dyn LinearMemory>, String> {
         match reserved_size_in_bytes {
             Some(RESERVATION) if guard_size_in_bytes <= GUARD => {}
-            Some(GC_RESERVATION) if guard_size_in_bytes <= GC_GUARD && minimum <= GC_RESERVATION => {
+            Some(GC_RESERVATION)
+                if guard_size_in_bytes <= GC_GUARD && minimum <= GC_RESERVATION =>
+            {
                 let space = Reservation::new(GC_RESERVATION + GC_GUARD);
                 let space = space.map_err(|e| format!("reserving an exception heap: {e}"))?;
                 let mut memory = GcMemory { space, accessible: 0 };
@@ -437,7 +442,9 @@ unsafe impl MemoryCreator for SlotCreator {
         }
         let slot = NEXT_SLOT.take().ok_or("an instance was made without a slot")?;
         if slot.accessible.load(Ordering::Acquire) < minimum {
-            return Err(format!("the image is smaller than the module's memory of {minimum} bytes"));
+            return Err(format!(
+                "the image is smaller than the module's memory of {minimum} bytes"
+            ));
         }
         Ok(Box::new(SlotMemory(slot)))
     }

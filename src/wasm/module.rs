@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use wasmtime::{Engine, Module};
 
-use super::engine::CONFIG_VERSION;
+use super::engine::{CONFIG_VERSION, Metering};
 use super::fetch::{self, megabytes};
 use super::instrument::{GLOBAL_EXPORT_PREFIX, Options, instrument};
 use super::memory::WASM_PAGE;
@@ -62,7 +62,7 @@ impl CompiledGuest {
 }
 
 /// The key of the guest for this engine: a guest, a rewriting and a compiler make one artifact.
-pub(crate) fn module_key(engine: &Engine) -> String {
+pub(crate) fn module_key(engine: &Engine, metering: Metering) -> String {
     let mut hasher = DefaultHasher::new();
     engine.precompile_compatibility_hash().hash(&mut hasher);
     key([
@@ -70,6 +70,7 @@ pub(crate) fn module_key(engine: &Engine) -> String {
         &FORMAT.to_le_bytes(),
         &REWRITE_VERSION.to_le_bytes(),
         &CONFIG_VERSION.to_le_bytes(),
+        metering.suffix().as_bytes(),
         pins().guest.wheel.sha256.as_bytes(),
         &hasher.finish().to_le_bytes(),
     ])
@@ -80,8 +81,8 @@ pub(crate) fn module_key(engine: &Engine) -> String {
 /// # Errors
 ///
 /// [`Error::Incompatible`] or [`Error::Io`] when it isn't there or isn't sound; it is made anew then.
-pub(crate) fn load(store: &Store, engine: &Engine) -> Result<CompiledGuest> {
-    let wanted = module_key(engine);
+pub(crate) fn load(store: &Store, engine: &Engine, metering: Metering) -> Result<CompiledGuest> {
+    let wanted = module_key(engine, metering);
     let directory = store.module(&wanted);
     let manifest: ModuleManifest = read_manifest(&directory.join(MANIFEST))?;
     if manifest.format != FORMAT || manifest.key != wanted {
@@ -99,11 +100,12 @@ pub(crate) fn load(store: &Store, engine: &Engine) -> Result<CompiledGuest> {
     // all others (`check_files`, `Store::open`), so that nobody but the user, who could replace this
     // very program, can have put anything else there. Entries are never changed after the rename
     // that published them. A version or configuration that doesn't fit is refused by its header.
-    let module = unsafe { Module::deserialize_file(engine, &path) }.map_err(|e| Error::Incompatible {
-        what: path.display().to_string(),
-        expected: "an artifact of this engine".into(),
-        found: format!("{e:#}"),
-    })?;
+    let module =
+        unsafe { Module::deserialize_file(engine, &path) }.map_err(|e| Error::Incompatible {
+            what: path.display().to_string(),
+            expected: "an artifact of this engine".into(),
+            found: format!("{e:#}"),
+        })?;
     Ok(CompiledGuest { manifest, module, directory })
 }
 
@@ -116,6 +118,7 @@ pub(crate) fn load(store: &Store, engine: &Engine) -> Result<CompiledGuest> {
 pub(crate) fn build(
     store: &Store,
     engine: &Engine,
+    metering: Metering,
     wheel: Option<&Path>,
     progress: ProgressFn<'_>,
 ) -> Result<()> {
@@ -135,10 +138,10 @@ pub(crate) fn build(
     let started = Instant::now();
     progress(Progress::Begin { step: "instrument", bytes: None });
     let export_functions = [INTERRUPT_FUNCTION, EVAL_FUNCTION].map(str::to_owned).to_vec();
-    let options = Options { meter: true, export_functions };
+    let options = Options { meter: metering == Metering::Kaa, export_functions };
     let rewritten = instrument(&wasm, &options).map_err(|e| Error::Internal(e.to_string()))?;
     drop(wasm);
-    let detail = format!("{} metered", megabytes(rewritten.module.len() as u64));
+    let detail = format!("{} of WebAssembly", megabytes(rewritten.module.len() as u64));
     progress(Progress::End { detail, elapsed: started.elapsed() });
 
     let started = Instant::now();
@@ -160,7 +163,7 @@ pub(crate) fn build(
         .iter()
         .map(|name| FileRecord::of(draft.path(), name))
         .collect::<Result<Vec<_>>>()?;
-    let key = module_key(engine);
+    let key = module_key(engine, metering);
     let manifest = ModuleManifest {
         format: FORMAT,
         key: key.clone(),

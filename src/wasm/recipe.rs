@@ -97,7 +97,10 @@ impl Recipe {
         for import in &spec.imports {
             let named = import.split('.').all(|part| crate::agent::check_name("", part).is_ok());
             if !named {
-                return Err(Error::invalid(format!("import `{import}`"), "it is not a module's name"));
+                return Err(Error::invalid(
+                    format!("import `{import}`"),
+                    "it is not a module's name",
+                ));
             }
         }
         let setup = match &spec.setup {
@@ -184,7 +187,9 @@ impl Site {
         let refuse = |reason: String| Err(Error::invalid(origin.display().to_string(), reason));
         let native = Path::new(&name).extension().and_then(|ending| ending.to_str());
         if native.is_some_and(|ending| NATIVE_ENDINGS.contains(&ending)) {
-            return refuse(format!("`{name}` is native code, which a Wasm guest can't load; only pure Python can be added"));
+            return refuse(format!(
+                "`{name}` is native code, which a Wasm guest can't load; only pure Python can be added"
+            ));
         }
         self.bytes += bytes.len() as u64;
         if self.bytes > SITE_BYTES_MAX || self.files.len() >= SITE_FILES_MAX {
@@ -199,7 +204,10 @@ impl Site {
     fn add_directory(&mut self, root: &Path, directory: &Path, depth: usize) -> Result<()> {
         let context = || format!("reading {}", directory.display());
         if depth > 64 {
-            return Err(Error::invalid(root.display().to_string(), "directories are nested too deeply"));
+            return Err(Error::invalid(
+                root.display().to_string(),
+                "directories are nested too deeply",
+            ));
         }
         for entry in fs::read_dir(directory).map_err(|e| Error::io(context(), e))? {
             let path = entry.map_err(|e| Error::io(context(), e))?.path();
@@ -243,14 +251,13 @@ impl Site {
             if entry.is_dir() {
                 continue;
             }
-            let path = entry.enclosed_name().filter(|path| {
-                path.components().all(|part| matches!(part, Component::Normal(_)))
-            });
-            let path = path
-                .as_deref()
-                .and_then(Path::to_str)
-                .map(str::to_owned)
-                .ok_or_else(|| unreadable(format!("`{}` is no path inside it", entry.name())))?;
+            let path = entry
+                .enclosed_name()
+                .filter(|path| path.components().all(|part| matches!(part, Component::Normal(_))));
+            let path =
+                path.as_deref().and_then(Path::to_str).map(str::to_owned).ok_or_else(|| {
+                    unreadable(format!("`{}` is no path inside it", entry.name()))
+                })?;
             let mut contents = Vec::new();
             entry
                 .take(SITE_BYTES_MAX - self.bytes.min(SITE_BYTES_MAX) + 1)

@@ -174,6 +174,8 @@ impl Session {
     fn instantiate(&mut self, guest: Guest) -> Result<()> {
         let mut store = Store::new(&self.start.engine, guest);
         store.limiter(|guest| &mut guest.memory_limit);
+        // Refused, and of no meaning, unless wasmtime's fuel is what is being measured.
+        let _ = store.set_fuel(u64::MAX);
         let pre = &self.start.module;
         // Without a start function nothing in it waits, so that one poll completes it.
         let instance = with_slot(&self.slot, || pre.instantiate_async(&mut store).now_or_never())
@@ -207,12 +209,19 @@ impl Session {
         guest.refused_bytes = None;
         guest.signal.take();
         guest.budget = Budget::start(limits.clone());
+        let wasmtime_fuel = store.get_fuel().ok();
+        let guest = store.data_mut();
         let grant = Val::I64(guest.budget.grant());
         let result = run(store, &handles, turn, grant).await;
         let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
         let bytes = handles.memory.data_size(&*store) as u64;
         let guest = store.data_mut();
-        let usage = guest.budget.finish(left, bytes);
+        let mut usage = guest.budget.finish(left, bytes);
+        if handles.fuel.is_none() {
+            usage.fuel = wasmtime_fuel
+                .and_then(|before| Some(before.saturating_sub(store.get_fuel().ok()?)));
+        }
+        let guest = store.data_mut();
         let end = match result {
             Ok(_) => {
                 guest.running = false;
@@ -233,10 +242,12 @@ impl Session {
         let written = self.slot.written();
         let store = self.store.as_mut().expect("a session has a store between its methods");
         let handles = store.data().handles.clone().expect("an instance has handles");
-        self.checkpoint.globals = handles.globals.iter().map(|global| global.get(&mut *store)).collect();
+        self.checkpoint.globals =
+            handles.globals.iter().map(|global| global.get(&mut *store)).collect();
         let memory = handles.memory.data(&*store);
         self.checkpoint.bytes = memory.len();
-        let written_bytes = written.as_ref().map_or(0, |ranges| ranges.iter().map(Range::len).sum());
+        let written_bytes =
+            written.as_ref().map_or(0, |ranges| ranges.iter().map(Range::len).sum());
         if written_bytes > CHECKPOINT_BYTES_MAX {
             let image = Arc::new(MemoryImage::of(memory)?);
             self.checkpoint.index.clear();
@@ -287,7 +298,8 @@ impl Session {
     pub(crate) fn state(&mut self) -> (&[u8], Vec<u64>) {
         let store = self.store.as_mut().expect("a session has a store between its methods");
         let handles = store.data().handles.clone().expect("an instance has handles");
-        let globals = handles.globals.iter().map(|global| bits_of(global.get(&mut *store))).collect();
+        let globals =
+            handles.globals.iter().map(|global| bits_of(global.get(&mut *store))).collect();
         (handles.memory.data(&*store), globals)
     }
 
@@ -315,7 +327,8 @@ impl Session {
         let handles = store.data().handles()?;
         let address = handles.host_alloc.call_async(&mut *store, bytes.len() as i32).await? as u32;
         let start = address as usize;
-        let target = handles.memory.data_mut(store).get_mut(start..start.saturating_add(bytes.len()));
+        let target =
+            handles.memory.data_mut(store).get_mut(start..start.saturating_add(bytes.len()));
         let target = target.filter(|_| address != 0);
         target.ok_or_else(|| wasmtime::Error::msg("no memory"))?.copy_from_slice(bytes);
         Ok(address)
@@ -366,7 +379,9 @@ async fn run(
             let memory = handles.memory.data_mut(&mut *store);
             let target = memory.get_mut(start..start.saturating_add(line.len()));
             let target = target.filter(|_| address != 0);
-            target.ok_or_else(|| wasmtime::Error::msg("no memory"))?.copy_from_slice(line.as_bytes());
+            target
+                .ok_or_else(|| wasmtime::Error::msg("no memory"))?
+                .copy_from_slice(line.as_bytes());
             handles.run_source.call_async(&mut *store, (address, length)).await?;
         }
     }

@@ -59,7 +59,8 @@ pub(crate) fn context(
         .allow_blocking_current_thread(policy.mounts.is_empty());
     let mut open = |host: &Path, guest: &str, perms| {
         let opened = builder.preopened_dir(host, guest, perms).map(|_| ());
-        opened.map_err(|e| Error::invalid(format!("directory {}", host.display()), format!("{e:#}")))
+        opened
+            .map_err(|e| Error::invalid(format!("directory {}", host.display()), format!("{e:#}")))
     };
     // In the order of `files::STDLIB_FD` and its neighbours, which is baked into every image.
     open(directories.stdlib, "/usr/local/lib", FsPerms::ReadOnly)?;
@@ -162,7 +163,8 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
     p1::add_to_linker_async(linker, |guest: &mut Guest| &mut guest.wasi)?;
     linker.allow_shadowing(true);
     add_writes(linker)?;
-    add_paths(linker)?;
+    add_path_changes(linker)?;
+    add_path_queries(linker)?;
     add_pairs_of_paths(linker)?;
     linker.func_wrap_async(
         MODULE,
@@ -188,7 +190,9 @@ fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
         "fd_pwrite",
         |mut caller: Caller<'_, Guest>, (fd, iovs, count, at, out): (i32, i32, i32, i64, i32)| {
             Box::new(async move {
-                let Some(bytes) = written_bytes(&mut caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
+                let Some(bytes) = written_bytes(&mut caller, iovs, count)? else {
+                    return Ok(ERRNO_FAULT);
+                };
                 charge_bytes(&mut caller, bytes)?;
                 if !caller.data_mut().files.reserve(fd as u32, bytes) {
                     return Ok(ERRNO_NOSPC);
@@ -271,8 +275,8 @@ async fn fd_write(
     Ok(if write_u32(memory, out as u32, total) { ERRNO_SUCCESS } else { ERRNO_FAULT })
 }
 
-/// Functions of one path: routed, and charged when they make something.
-fn add_paths(linker: &mut Linker<Guest>) -> Result<()> {
+/// Functions of one path that change something: routed, and charged when they make something.
+fn add_path_changes(linker: &mut Linker<Guest>) -> Result<()> {
     linker.func_wrap_async(
         MODULE,
         "path_open",
@@ -296,18 +300,6 @@ fn add_paths(linker: &mut Linker<Guest>) -> Result<()> {
     )?;
     linker.func_wrap_async(
         MODULE,
-        "path_filestat_get",
-        |mut caller: Caller<'_, Guest>, (fd, flags, ptr, len, out): (i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_filestat_get(wasi, &mut memory, fd, flags, ptr, len, out).await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
         "path_filestat_set_times",
         |mut caller: Caller<'_, Guest>,
          (fd, flags, ptr, len, atim, mtim, fst): (i32, i32, i32, i32, i64, i64, i32)| {
@@ -316,22 +308,17 @@ fn add_paths(linker: &mut Linker<Guest>) -> Result<()> {
                 let (mut memory, guest) = parts(&mut caller)?;
                 let wasi = &mut guest.wasi;
                 preview1::path_filestat_set_times(
-                    wasi, &mut memory, fd, flags, ptr, len, atim, mtim, fst,
+                    wasi,
+                    &mut memory,
+                    fd,
+                    flags,
+                    ptr,
+                    len,
+                    atim,
+                    mtim,
+                    fst,
                 )
                 .await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_readlink",
-        |mut caller: Caller<'_, Guest>,
-         (fd, ptr, len, buf, buf_len, out): (i32, i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_readlink(wasi, &mut memory, fd, ptr, len, buf, buf_len, out).await
             })
         },
     )?;
@@ -360,6 +347,36 @@ fn add_paths(linker: &mut Linker<Guest>) -> Result<()> {
     Ok(())
 }
 
+/// Functions of one path that only look: routed.
+fn add_path_queries(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "path_filestat_get",
+        |mut caller: Caller<'_, Guest>, (fd, flags, ptr, len, out): (i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_filestat_get(wasi, &mut memory, fd, flags, ptr, len, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "path_readlink",
+        |mut caller: Caller<'_, Guest>,
+         (fd, ptr, len, buf, buf_len, out): (i32, i32, i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                let (mut memory, guest) = parts(&mut caller)?;
+                let wasi = &mut guest.wasi;
+                preview1::path_readlink(wasi, &mut memory, fd, ptr, len, buf, buf_len, out).await
+            })
+        },
+    )?;
+    Ok(())
+}
+
 async fn path_open(
     mut caller: Caller<'_, Guest>,
     (fd, dirflags, ptr, len, oflags, rights, inheriting, fdflags, out): (
@@ -381,7 +398,17 @@ async fn path_open(
     let (mut memory, guest) = parts(&mut caller)?;
     let wasi = &mut guest.wasi;
     let errno = preview1::path_open(
-        wasi, &mut memory, fd, dirflags, ptr, len, oflags, rights, inheriting, fdflags, out,
+        wasi,
+        &mut memory,
+        fd,
+        dirflags,
+        ptr,
+        len,
+        oflags,
+        rights,
+        inheriting,
+        fdflags,
+        out,
     )
     .await?;
     if errno == ERRNO_SUCCESS {
@@ -474,14 +501,16 @@ async fn poll_oneoff(
     }
     let memory = caller.data().handles()?.memory;
     let length = count as u32 * SUBSCRIPTION_BYTES as u32;
-    let Some(all) = guest_slice(memory.data(&caller), subs as u32, length).map(<[u8]>::to_vec) else {
+    let Some(all) = guest_slice(memory.data(&caller), subs as u32, length).map(<[u8]>::to_vec)
+    else {
         return Ok(ERRNO_FAULT);
     };
     let mut first: Option<(u64, &[u8])> = None;
     for subscription in all.chunks_exact(SUBSCRIPTION_BYTES) {
         if subscription[SUBSCRIPTION_TAG] != 0 {
             let (mut memory, guest) = parts(&mut caller)?;
-            return preview1::poll_oneoff(&mut guest.wasi, &mut memory, subs, events, count, out).await;
+            return preview1::poll_oneoff(&mut guest.wasi, &mut memory, subs, events, count, out)
+                .await;
         }
         let Some(ns) = sleep_ns(&mut caller, subscription, events)? else { return Ok(ERRNO_INVAL) };
         if first.is_none_or(|(least, _)| ns < least) {

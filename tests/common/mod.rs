@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use kaa::{
-    EnvironmentExt, EnvironmentOptions, Execution, Image, Limits, Profile, Progress, Runtime, Store,
-    WasmEnvironment,
+    EnvironmentExt, EnvironmentOptions, Execution, Image, Limits, Profile, Progress, Runtime,
+    Store, WasmEnvironment,
 };
 
 /// Where compiled guests and images are kept: the user's cache, or `KAA_CACHE`.
