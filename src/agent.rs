@@ -278,7 +278,7 @@ impl Conversation {
     /// words when it refused the request.
     pub(crate) fn take_reply(&mut self) -> Result<Message> {
         let replies = std::mem::take(&mut self.replies);
-        if !self.requests.is_empty() || replies.is_empty() {
+        if !self.requests.is_empty() || self.unanswered > 0 || replies.is_empty() {
             return Err(Error::protocol(
                 "the agent ended its turn before it replied to everything",
             ));

@@ -1,5 +1,5 @@
-//! The command line: flags as typed (`flags`, the structs of clap), what they mean (`session::Plan`),
-//! and what is done (`run`, `repl`, `image`, `doctor`).
+//! The command line: flags as typed (the structs of clap), what they mean (`session::Plan`), and
+//! what is done (`run`, `repl`, `image`, `doctor`).
 //!
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
@@ -44,7 +44,8 @@ Environment:
   KAA_CACHE  directory of images and compiled code (default: `kaa` in the user's cache directory,
              such as ~/.cache/kaa). Only you may have access to it.
 
-The first use on a machine downloads and compiles CPython, which takes some minutes and about 600 MB.";
+The first use on a machine downloads and compiles CPython, which takes some minutes and about
+600 MB.";
 
 /// Runs Python that nobody has read yet, in a WebAssembly sandbox.
 ///
@@ -62,8 +63,8 @@ enum Command {
     /// Run cells of Python in a new session
     ///
     /// Each cell's output is shown when the cell is done. On a terminal, control characters in it
-    /// are shown as ^X instead of being obeyed, since the output is the guest's; elsewhere all bytes
-    /// go through unchanged. Cells after one that raised still run.
+    /// are shown as ^X instead of being obeyed, since the output is the guest's; elsewhere all
+    /// bytes go through unchanged. Cells after one that raised still run.
     #[command(after_long_help = AFTER_HELP)]
     Run(Box<run::RunFlags>),
     /// Type cells of Python into a session

@@ -4,7 +4,6 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -437,10 +436,4 @@ impl fmt::Debug for EnvironmentOptions {
             .field("tools", &self.tools)
             .finish_non_exhaustive()
     }
-}
-
-/// Elapsed time as milliseconds with their fraction, the unit of reports.
-#[must_use]
-pub(crate) fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }

@@ -1,5 +1,4 @@
 //! Kaa runs Python that a model wrote: cells in a persistent CPython session inside WebAssembly.
-#![deny(unsafe_code)]
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
 compile_error!(

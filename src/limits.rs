@@ -53,7 +53,7 @@ impl fmt::Display for Limit {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
     /// Metering units per cell: roughly one per executed Wasm operator, deterministic.
-    /// Default 200 billion (about two minutes of guest time). On excess: soft stop, then hard stop.
+    /// Default 10¹² (about a minute of guest time). On excess: soft stop, then hard stop.
     pub fuel: u64,
     /// Time per cell that the guest computes; waiting for the host doesn't count.
     /// Default 60 s. On excess: soft stop, then hard stop.
@@ -92,7 +92,7 @@ pub const OUTPUT_BYTES_MAX: u64 = 1 << 30;
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            fuel: 200_000_000_000,
+            fuel: 1_000_000_000_000,
             compute: Duration::from_secs(60),
             wall: Duration::from_secs(600),
             grace: Duration::from_millis(500),

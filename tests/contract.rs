@@ -252,9 +252,13 @@ async fn a_large_context_goes_in_and_one_too_large_is_refused() {
     );
     let mut small = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() });
     run(&mut small, "keep = 41").await;
-    let error = small.add_context(Context::Bytes(vec![1; 200 << 20]), None).await.unwrap_err();
-    assert!(error.to_string().contains("memory"), "{error}");
-    assert_eq!(print(&mut small, "print(keep)").await, "41\n");
+    // The buffer, the bytes object, the text: each step is the one that has no room once.
+    let wide = |megabytes: usize| "\u{1F40D}".repeat(megabytes << 18).into_bytes();
+    for context in [vec![b'1'; 200 << 20], vec![b'1'; 60 << 20], vec![b'1'; 45 << 20], wide(50)] {
+        let error = small.add_context(Context::Text(context), None).await.unwrap_err();
+        assert!(error.to_string().starts_with("context: it does not fit"), "{error}");
+        assert_eq!(print(&mut small, "print(keep)").await, "41\n");
+    }
 }
 
 #[tokio::test]

@@ -4,10 +4,13 @@
 /// Statements that may go on after their first line, even when that line could stand alone.
 const COMPOUND: &[&str] = &["async", "class", "def", "for", "if", "try", "while", "with"];
 
-/// Whether more lines belong to the cell; `source` ends without the newline of its last line. A block
-/// ends with an empty line.
+/// Whether more lines belong to the cell; `source` ends without the newline of its last line. A
+/// block ends with an empty line.
 pub(super) fn needs_more(source: &str) -> bool {
     let scan = Scan::of(source);
+    if scan.broken {
+        return false;
+    }
     if scan.open_string || scan.depth > 0 || scan.backslash {
         return true;
     }
@@ -24,6 +27,8 @@ pub(super) fn needs_more(source: &str) -> bool {
 struct Scan {
     depth: usize,
     open_string: bool,
+    /// Whether a string ends with its line: an error that Python will explain at once.
+    broken: bool,
     backslash: bool,
     /// The last logical line, without comments and what strings contain.
     line: String,
@@ -84,7 +89,7 @@ impl Scan {
                 return at + end.len();
             }
             if c == '\n' && !triple {
-                // An error that Python will explain.
+                self.broken = true;
                 return at;
             }
             at += c.len_utf8();
@@ -96,6 +101,7 @@ impl Scan {
             }
         }
         self.open_string = triple || escaped_end;
+        self.broken |= !self.open_string;
         rest.len()
     }
 }

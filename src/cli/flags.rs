@@ -66,7 +66,10 @@ pub(super) struct SessionFlags {
     )]
     allow_import: Vec<String>,
     /// Address of an RLM LM handler that answers llm_query
-    #[arg(long, value_name = "HOST:PORT", value_parser = socket, conflicts_with = "lm_script", help_heading = "Reach")]
+    #[arg(
+        long, value_name = "HOST:PORT", help_heading = "Reach",
+        value_parser = socket, conflicts_with = "lm_script"
+    )]
     lm: Option<SocketHandler>,
     /// File of rules that answer llm_query without any model; see examples/packages.lm.json
     #[arg(long, value_name = "FILE", help_heading = "Reach")]
@@ -82,7 +85,10 @@ pub(super) struct SessionFlags {
 struct LimitFlags {
     /// Work per cell, in units of about one WebAssembly instruction; the same code costs the same
     /// everywhere
-    #[arg(long, value_name = "UNITS", default_value_t = Count(Limits::default().fuel), value_parser = fuel)]
+    #[arg(
+        long, value_name = "UNITS", value_parser = fuel,
+        default_value_t = Count(Limits::default().fuel)
+    )]
     fuel: Count,
     /// Time per cell that Python computes, not waits: `10`, `10s`, `500ms`, `2m`
     #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().compute))]
@@ -95,10 +101,16 @@ struct LimitFlags {
     #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().grace))]
     grace: Span,
     /// Memory of the session in bytes, Python itself included: `512M`, `2G`; 64M to 4G
-    #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().memory_bytes), value_parser = memory)]
+    #[arg(
+        long, value_name = "BYTES", value_parser = memory,
+        default_value_t = Size(Limits::default().memory_bytes)
+    )]
     memory: Size,
     /// Bytes kept of a cell's stdout and of its stderr; the rest is dropped and counted
-    #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().output_bytes), value_parser = output)]
+    #[arg(
+        long, value_name = "BYTES", value_parser = output,
+        default_value_t = Size(Limits::default().output_bytes)
+    )]
     output: Size,
     /// Bytes of files in the session's /tmp, and written to mounts
     #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().disk_bytes))]

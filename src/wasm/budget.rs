@@ -6,11 +6,12 @@
 
 use std::time::{Duration, Instant};
 
+use super::meter::FLOOR_DEFAULT;
 use crate::limits::{Limit, Limits, Usage};
 
-/// Fuel of one slice: about a millisecond of guest time. Between two slices a session can neither
-/// be stopped nor yield its thread.
-pub(crate) const SLICE_FUEL: i64 = 1_000_000;
+/// Fuel of one slice: about a millisecond of guest time (`cargo bench --bench cpu` prints the rate).
+/// Between two slices a session can neither be stopped nor yield its thread.
+pub(crate) const SLICE_FUEL: i64 = 16_000_000;
 
 /// What to do at the end of a slice or of a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +70,21 @@ impl Budget {
     /// What the fuel global has to hold for the slice that begins.
     pub(crate) fn grant(&self) -> i64 {
         self.granted
+    }
+
+    /// How far below zero the fuel global may go before a loop that nothing else can stop is ended by
+    /// the guest's own check (`kaa:floor`, see `meter.rs`): what the cell has left, and the grace.
+    pub(crate) fn floor(&self) -> i64 {
+        let left = self.limits.fuel.saturating_sub(self.fuel);
+        let left = left.saturating_sub(u64::try_from(self.granted).unwrap_or(0));
+        let overdraft = left.saturating_add(self.grace_fuel());
+        i64::try_from(overdraft).map_or(FLOOR_DEFAULT, |overdraft| FLOOR_DEFAULT.max(-overdraft))
+    }
+
+    /// The limit that a guest which ran into its floor has reached.
+    pub(crate) fn limit_at_floor(&self, left: i64) -> Limit {
+        let spent = self.fuel.saturating_add(self.granted.saturating_sub(left).max(0) as u64);
+        if spent >= self.limits.fuel { Limit::Fuel } else { Limit::Compute }
     }
 
     /// Ends a slice whose global shows `left`, and begins the next.

@@ -49,6 +49,8 @@ fn config(metering: Metering) -> Config {
     config
         .consume_fuel(metering == Metering::WasmtimeFuel)
         .wasm_exceptions(true)
+        // The checks of the fuel pass hardly ever fire, and it says so.
+        .wasm_branch_hinting(true)
         .max_wasm_stack(WASM_STACK_BYTES)
         .async_stack_size(FIBER_STACK_BYTES)
         .memory_reservation(RESERVATION as u64)

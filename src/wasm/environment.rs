@@ -11,7 +11,7 @@ use super::Image;
 use super::boot::{SITE, site_mount};
 use super::budget::Budget;
 use super::files::{Files, Scratch};
-use super::guest::{Guest, Halt, MemoryLimit, Signal};
+use super::guest::{Guest, MemoryLimit, Signal};
 use super::session::{Session, Turn, TurnEnd};
 use super::wasi::{self, Directories, VirtualClock};
 use crate::agent::{Conversation, Streams, check_name, check_tool, variables};
@@ -161,25 +161,33 @@ impl WasmEnvironment {
         let (end, _) = session.turn(turn, &limits).await;
         let guest = session.guest_mut();
         let refused = guest.refused_bytes.take();
-        let reply = match end {
-            TurnEnd::Returned if refused.is_none() => guest.conversation.take_reply(),
-            _ => Err(match (guest.fault.take(), end) {
-                (Some(fault), _) => fault,
-                (None, TurnEnd::Halted(Halt::HardStop)) => {
-                    Error::invalid(what, "it took too long; the session is as it was before")
-                }
-                _ => Error::invalid(
-                    what,
-                    format!(
-                        "it does not fit: {} bytes into a memory of {memory_bytes} \
-                         (raise limits.memory_bytes)",
-                        refused.unwrap_or(sent_bytes)
-                    ),
+        let unfit = || {
+            Error::invalid(
+                what,
+                format!(
+                    "it does not fit: {} bytes into a memory of {memory_bytes}, of which Python and what \
+                     the session holds take a part (raise limits.memory_bytes)",
+                    refused.unwrap_or(sent_bytes)
                 ),
-            }),
+            )
         };
-        let intact = matches!(&reply, Ok(_) | Err(Error::Invalid { .. })) && refused.is_none();
-        if intact && !session.guest().running {
+        let reply = match (guest.fault.take(), end) {
+            (Some(fault), _) => Err(fault),
+            (None, TurnEnd::Halted(_)) => {
+                Err(Error::invalid(what, "it took too long; the session is as it was before"))
+            }
+            (None, TurnEnd::Returned) if refused.is_none() => {
+                match guest.conversation.take_reply() {
+                    // The agent got no memory for the request, or none to take it apart.
+                    Err(Error::Protocol { .. }) if sent_bytes > 0 => Err(unfit()),
+                    Err(Error::Invalid { what, .. }) if what == "MemoryError" => Err(unfit()),
+                    reply => reply,
+                }
+            }
+            (None, _) => Err(unfit()),
+        };
+        // After anything but an answer, what the guest was doing is not known: it goes back.
+        if reply.is_ok() && !session.guest().running {
             self.save_in_background();
         } else {
             self.roll_back()?;

@@ -13,11 +13,8 @@ use tempfile::TempDir;
 
 use crate::error::{Error, Result};
 
-/// Descriptors of the directories that every session has, in the order of their opening.
-pub(crate) const STDLIB_FD: u32 = 3;
-/// The scratch directory, `/tmp`.
-pub(crate) const SCRATCH_FD: u32 = 4;
-/// The empty directory `/`, by which mounts are reached.
+/// The descriptor of the empty directory `/`, by which mounts are reached. Every session opens the
+/// standard library as 3, `/tmp` as 4 and this as 5.
 pub(crate) const ROOT_FD: u32 = 5;
 /// The first mount.
 pub(crate) const FIRST_MOUNT_FD: u32 = 6;
@@ -233,7 +230,7 @@ mod tests {
             (ROOT_FD, "database", (ROOT_FD, 100, 8)),
             (ROOT_FD, "../data/a", (ROOT_FD, 100, 9)),
             (ROOT_FD, "", (ROOT_FD, 100, 0)),
-            (SCRATCH_FD, "data/a", (SCRATCH_FD, 100, 6)),
+            (4, "data/a", (4, 100, 6)),
         ];
         for (fd, path, expected) in cases {
             assert_eq!(files.route(*fd, path.as_bytes(), 100), *expected, "{path}");

@@ -89,6 +89,7 @@ pub(crate) struct Handles {
     /// Mutable globals in the order of their index, without the fuel.
     pub(crate) globals: Vec<Global>,
     pub(crate) fuel: Option<Global>,
+    pub(crate) floor: Option<Global>,
     pub(crate) host_alloc: TypedFunc<i32, i32>,
     pub(crate) interrupt: TypedFunc<i32, i32>,
     /// Runs source as a cell of a REPL.
@@ -229,12 +230,16 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> wasmtime::Result<()> 
 
 /// One slice is used up: the only place where a computing guest is looked at.
 async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
-    let Some(fuel) = caller.data().handles()?.fuel else { return Ok(()) };
+    let Handles { fuel: Some(fuel), floor: Some(floor), .. } = caller.data().handles()? else {
+        return Ok(());
+    };
     let left = fuel.get(&mut caller).i64().unwrap_or(0);
     let interrupted = caller.data().signal.take();
     let verdict = caller.data_mut().budget.slice(left, interrupted);
     let grant = caller.data().budget.grant();
     fuel.set(&mut caller, Val::I64(grant))?;
+    let lowest = caller.data().budget.floor();
+    floor.set(&mut caller, Val::I64(lowest))?;
     match verdict {
         Verdict::Continue => {}
         Verdict::SoftStop(limit) => soft_stop(&mut caller, limit).await?,

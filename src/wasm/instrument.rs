@@ -9,9 +9,14 @@
 //! | `kaa:global:N` | the module's global N, so that memory + globals are the whole state |
 //! | `kaa:fn:NAME` | a function found by its name in the name section |
 //! | `kaa:fuel` | the fuel left, a mutable i64; it starts at 0, so the host must set it |
+//! | `kaa:floor` | what fuel must not go below, a mutable i64; the host may raise it |
 //!
 //! and an import, `kaa.slice: () -> ()`, which the guest calls when its fuel is below 0. The host
-//! then adds fuel to make it >= 0, or traps. Where fuel is charged is in `meter.rs`.
+//! then adds fuel to make it >= 0, or traps. Where fuel is charged, and where a guest runs into
+//! overdraft down to the floor and traps there (`unreachable`), is in `meter.rs`.
+//!
+//! A custom section (`metadata.code.branch_hint`) tells the engine that these checks hardly ever
+//! fire. It needs `Config::wasm_branch_hinting`; without that it is only slower.
 //!
 //! A module that this pass cannot rewrite faithfully is refused, never changed in meaning: passive
 //! data segments, data at offsets that are not constant, imported, shared or several memories,
@@ -20,22 +25,24 @@
 //! Sections and function bodies are copied as bytes wherever nothing in them changes.
 
 use std::collections::{HashMap, HashSet};
-use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use thiserror::Error;
 use wasm_encoder::reencode::{Error as ReencodeError, Reencode};
 use wasm_encoder::{
-    CodeSection, ConstExpr, ElementSection, ExportKind, ExportSection, GlobalSection, GlobalType,
-    Module, RawSection, SectionId, StartSection, TableSection, ValType,
+    BranchHint, BranchHints, CodeSection, ConstExpr, ElementSection, ExportKind, ExportSection,
+    GlobalSection, GlobalType, Module, SectionId, StartSection, TableSection, ValType,
 };
 use wasmparser::{
-    BinaryReaderError, CompositeInnerType, Data, DataKind, DataSectionReader, ElementItems,
-    ElementSectionReader, ExportSectionReader, ExternalKind, FuncToValidate,
-    FuncValidatorAllocations, FunctionBody, GlobalSectionReader, KnownCustom, MemoryType, Name,
-    NameSectionReader, Operator, Parser, Payload, SectionLimited, TableInit, TableSectionReader,
-    TypeRef, ValidPayload, Validator, WasmFeatures,
+    BinaryReaderError, ConstExpr as InputExpr, ElementItems, ExternalKind, FuncToValidate,
+    FuncValidatorAllocations, Name, Operator, Parser, TableInit, ValidPayload, Validator,
+    WasmFeatures,
 };
+
+mod input;
+mod parallel;
+
+use input::{Input, Raw};
+use parallel::in_parallel;
 
 pub use super::meter::Charges;
 use super::meter::{self, Surroundings};
@@ -44,14 +51,12 @@ use super::meter::{self, Surroundings};
 pub const SLICE_IMPORT: (&str, &str) = ("kaa", "slice");
 /// The exported fuel global.
 pub const FUEL_EXPORT: &str = "kaa:fuel";
+/// The exported global that fuel must not go below.
+pub const FLOOR_EXPORT: &str = "kaa:floor";
 /// Prefix of the exported globals; their index follows.
 pub const GLOBAL_EXPORT_PREFIX: &str = "kaa:global:";
 /// Prefix of the exported functions; their name follows.
 pub const FUNCTION_EXPORT_PREFIX: &str = "kaa:fn:";
-
-const WASM_PAGE_BYTES: u64 = 65536;
-/// The initial memory is laid out in host memory, so its size must not be for the module to say.
-const INITIAL_MEMORY_BYTES_MAX: u64 = 1 << 30;
 
 /// What the output may use. Proposals with control flow that `meter` does not know (legacy
 /// exceptions, stack switching) must stay out: this is what refuses them.
@@ -70,11 +75,13 @@ pub struct Options {
 /// The rewritten module and what was taken out of it.
 #[derive(Debug, Clone)]
 pub struct Instrumented {
+    /// The module, validated.
     pub module: Vec<u8>,
     /// The initial memory from address 0: whole Wasm pages; the rest of it is zero.
     pub memory: Vec<u8>,
     /// Size of the memory when the module starts, in Wasm pages.
     pub memory_pages_min: u64,
+    /// What was done.
     pub report: Report,
 }
 
@@ -85,9 +92,13 @@ pub struct Report {
     pub functions: u64,
     /// Those of them whose callers pay for them.
     pub functions_free: u64,
+    /// Where fuel is charged.
     pub charges: Charges,
+    /// Segments that were laid out into the initial memory.
     pub data_segments: u64,
+    /// Size of the module as it was.
     pub input_bytes: u64,
+    /// Size of the module as it is.
     pub output_bytes: u64,
 }
 
@@ -95,22 +106,50 @@ pub struct Report {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum InstrumentError {
+    /// Not a module, or a damaged one.
     #[error("the module cannot be read: {0}")]
     Malformed(#[from] BinaryReaderError),
-    #[error("the module cannot be read: a branch or `end` at offset {offset} leaves its function")]
-    Unbalanced { offset: usize },
+    /// Blocks and branches do not fit together.
+    #[error(
+        "the module cannot be read: a branch or `end` at offset {offset} of a function leaves it"
+    )]
+    Unbalanced {
+        /// Where, from the start of the function.
+        offset: usize,
+    },
+    /// A section cannot be encoded again.
     #[error("the module cannot be rewritten: {0}")]
     Reencode(#[source] ReencodeError),
+    /// It cannot be rewritten faithfully.
     #[error("the module {0}, which is not supported")]
     Unsupported(&'static str),
+    /// Instantiating the module would trap.
     #[error("data segment {index} at address {address} does not fit in the initial memory")]
-    DataOutOfBounds { index: usize, address: u64 },
+    DataOutOfBounds {
+        /// Which segment.
+        index: usize,
+        /// Where it starts.
+        address: u64,
+    },
+    /// Functions to export were not found.
     #[error("the name section names no function {}", .names.join(", "))]
-    MissingFunctions { names: Vec<String> },
+    MissingFunctions {
+        /// All of them.
+        names: Vec<String>,
+    },
+    /// A function to export was found more than once.
     #[error("the name section names several functions {name}")]
-    AmbiguousFunction { name: String },
+    AmbiguousFunction {
+        /// Its name.
+        name: String,
+    },
+    /// An export that this pass adds is there already.
     #[error("the module already has an export {name}")]
-    ExportExists { name: String },
+    ExportExists {
+        /// Its name.
+        name: String,
+    },
+    /// The input was not valid, or uses what is not supported.
     #[error("the rewritten module is not valid: {0}")]
     Invalid(#[source] BinaryReaderError),
 }
@@ -125,6 +164,10 @@ impl From<ReencodeError> for InstrumentError {
 }
 
 /// Rewrites a module.
+///
+/// # Errors
+///
+/// [`InstrumentError`], when the module is damaged or cannot be rewritten faithfully.
 pub fn instrument(wasm: &[u8], options: &Options) -> Result<Instrumented, InstrumentError> {
     let input = Input::read(wasm)?;
     let memory = input.initial_memory()?;
@@ -144,7 +187,8 @@ pub fn instrument(wasm: &[u8], options: &Options) -> Result<Instrumented, Instru
         let leaf_costs = leaf_costs(&input, &exported)?;
         report.functions_free = leaf_costs.iter().filter(|cost| **cost > 0).count() as u64;
         let (slice, fuel_global) = (input.imported_functions, input.globals_count());
-        around = Some(Surroundings { slice, fuel_global, leaf_costs });
+        let floor_global = fuel_global + 1;
+        around = Some(Surroundings { slice, fuel_global, floor_global, leaf_costs });
     }
     let exported: Vec<_> = options.export_functions.iter().zip(exported).collect();
     let module = input.write(&exported, around.as_ref(), &mut report)?;
@@ -154,174 +198,7 @@ pub fn instrument(wasm: &[u8], options: &Options) -> Result<Instrumented, Instru
     Ok(Instrumented { module, memory, memory_pages_min, report })
 }
 
-/// A section whose items are copied as bytes.
-#[derive(Clone, Copy, Default)]
-struct Raw<'a> {
-    count: u32,
-    items: &'a [u8],
-}
-
-impl<'a> Raw<'a> {
-    fn new<T>(wasm: &'a [u8], section: &SectionLimited<'a, T>) -> Self {
-        let items = &wasm[section.original_position()..section.range().end];
-        Self { count: section.count(), items }
-    }
-
-    /// Writes the section with one more item, or as it was.
-    fn write(&self, id: SectionId, extra: Option<&[u8]>, module: &mut Module) {
-        let mut data = Vec::with_capacity(self.items.len() + 64);
-        meter::leb(self.count + u32::from(extra.is_some()), &mut data);
-        data.extend_from_slice(self.items);
-        data.extend_from_slice(extra.unwrap_or_default());
-        if self.count > 0 || extra.is_some() {
-            module.section(&RawSection { id: id as u8, data: &data });
-        }
-    }
-}
-
-/// The sections of a module, as far as they matter here.
-#[derive(Default)]
-struct Input<'a> {
-    types: Raw<'a>,
-    /// The number of parameters of each type; 0 for those that are not functions.
-    params: Vec<u32>,
-    imports: Raw<'a>,
-    imported_functions: u32,
-    imported_globals: u32,
-    functions: Raw<'a>,
-    /// The type of each function with a body.
-    function_types: Vec<u32>,
-    tables: Option<TableSectionReader<'a>>,
-    memories: Raw<'a>,
-    memory: Option<MemoryType>,
-    tags: Raw<'a>,
-    globals: Option<GlobalSectionReader<'a>>,
-    exports: Option<ExportSectionReader<'a>>,
-    start: Option<u32>,
-    elements: Option<ElementSectionReader<'a>>,
-    bodies: Vec<FunctionBody<'a>>,
-    data: Option<DataSectionReader<'a>>,
-    names: Option<NameSectionReader<'a>>,
-}
-
-impl<'a> Input<'a> {
-    fn read(wasm: &'a [u8]) -> Result<Self, InstrumentError> {
-        let mut input = Self::default();
-        for payload in Parser::new(0).parse_all(wasm) {
-            match payload? {
-                Payload::TypeSection(section) => {
-                    input.types = Raw::new(wasm, &section);
-                    for group in section {
-                        let types = group?.into_types();
-                        input.params.extend(types.map(|ty| match ty.composite_type.inner {
-                            CompositeInnerType::Func(ty) => ty.params().len() as u32,
-                            _ => 0,
-                        }));
-                    }
-                }
-                Payload::ImportSection(section) => {
-                    input.imports = Raw::new(wasm, &section);
-                    for import in section.into_imports() {
-                        input.note_import(import?.ty)?;
-                    }
-                }
-                Payload::FunctionSection(section) => {
-                    input.functions = Raw::new(wasm, &section);
-                    input.function_types = section.into_iter().collect::<Result<_, _>>()?;
-                }
-                Payload::TableSection(section) => {
-                    for table in section.clone() {
-                        check_table(table?.ty)?;
-                    }
-                    input.tables = Some(section);
-                }
-                Payload::MemorySection(section) => {
-                    input.memories = Raw::new(wasm, &section);
-                    for memory in section {
-                        input.note_memory(memory?)?;
-                    }
-                }
-                Payload::TagSection(section) => input.tags = Raw::new(wasm, &section),
-                Payload::GlobalSection(section) => input.globals = Some(section),
-                Payload::ExportSection(section) => input.exports = Some(section),
-                Payload::StartSection { func, .. } => input.start = Some(func),
-                Payload::ElementSection(section) => input.elements = Some(section),
-                Payload::CodeSectionEntry(body) => input.bodies.push(body),
-                Payload::DataSection(section) => input.data = Some(section),
-                Payload::CustomSection(section) => {
-                    if let KnownCustom::Name(names) = section.as_known() {
-                        input.names = Some(names);
-                    }
-                }
-                // The output has no data segments, so it has no data count either.
-                Payload::Version { encoding: wasmparser::Encoding::Module, .. }
-                | Payload::DataCountSection { .. }
-                | Payload::CodeSectionStart { .. }
-                | Payload::End(_) => {}
-                _ => return Err(InstrumentError::Unsupported("is a component")),
-            }
-        }
-        if input.bodies.len() != input.function_types.len() {
-            return Err(InstrumentError::Unsupported("has functions without bodies"));
-        }
-        Ok(input)
-    }
-
-    fn note_import(&mut self, ty: TypeRef) -> Result<(), InstrumentError> {
-        match ty {
-            TypeRef::Func(_) | TypeRef::FuncExact(_) => self.imported_functions += 1,
-            TypeRef::Global(_) => self.imported_globals += 1,
-            TypeRef::Memory(_) => return Err(InstrumentError::Unsupported("imports a memory")),
-            TypeRef::Table(table) => check_table(table)?,
-            TypeRef::Tag(_) => {}
-        }
-        Ok(())
-    }
-
-    fn note_memory(&mut self, memory: MemoryType) -> Result<(), InstrumentError> {
-        let unsupported = if self.memory.is_some() {
-            "has several memories"
-        } else if memory.memory64 {
-            "has a 64-bit memory"
-        } else if memory.shared {
-            "has a shared memory"
-        } else if memory.page_size_log2.is_some() {
-            "has a memory with a page size of its own"
-        } else {
-            self.memory = Some(memory);
-            return Ok(());
-        };
-        Err(InstrumentError::Unsupported(unsupported))
-    }
-
-    fn globals_count(&self) -> u32 {
-        self.imported_globals + self.globals.as_ref().map_or(0, SectionLimited::count)
-    }
-
-    /// Lays the data segments out, in order: later ones may overwrite earlier ones.
-    fn initial_memory(&self) -> Result<Vec<u8>, InstrumentError> {
-        let mut bytes = Vec::new();
-        let size = self.memory.map_or(0, |memory| memory.initial * WASM_PAGE_BYTES);
-        for (index, data) in self.data.iter().flat_map(|data| data.clone()).enumerate() {
-            let data = data?;
-            let address = data_address(&data)?;
-            let end = address + data.data.len() as u64;
-            if end > size {
-                return Err(InstrumentError::DataOutOfBounds { index, address });
-            }
-            if end > INITIAL_MEMORY_BYTES_MAX {
-                return Err(InstrumentError::Unsupported("has more than 1 GiB of initial memory"));
-            }
-            if bytes.len() < end as usize {
-                bytes.resize(end as usize, 0);
-            }
-            bytes[address as usize..end as usize].copy_from_slice(data.data);
-        }
-        let used = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        bytes.resize(used.next_multiple_of(WASM_PAGE_BYTES as usize), 0);
-        Ok(bytes)
-    }
-
+impl Input<'_> {
     /// The functions that the options name, with their (old) index.
     fn named_functions(&self, names: &[String]) -> Result<Vec<u32>, InstrumentError> {
         let mut found: HashMap<&str, u32> = HashMap::new();
@@ -347,7 +224,7 @@ impl<'a> Input<'a> {
 
     /// Calls `take` with each function whose address the module's tables or globals hold.
     fn address_taken(&self, mut take: impl FnMut(u32)) -> Result<(), InstrumentError> {
-        let mut expression = |expression: wasmparser::ConstExpr<'_>| {
+        let mut expression = |expression: InputExpr<'_>| {
             for operator in expression.get_operators_reader() {
                 if let Operator::RefFunc { function_index } = operator? {
                     take(function_index);
@@ -424,8 +301,9 @@ impl<'a> Input<'a> {
             renumber.parse_global_section(&mut section, globals.clone())?;
         }
         if renumber.0.is_some() {
-            let fuel = GlobalType { val_type: ValType::I64, mutable: true, shared: false };
-            section.global(fuel, &ConstExpr::i64_const(0));
+            let ty = GlobalType { val_type: ValType::I64, mutable: true, shared: false };
+            section.global(ty, &ConstExpr::i64_const(0));
+            section.global(ty, &ConstExpr::i64_const(meter::FLOOR_DEFAULT));
         }
         if !section.is_empty() {
             module.section(&section);
@@ -457,6 +335,7 @@ impl<'a> Input<'a> {
         }
         if let Some(around) = renumber.0 {
             added.push((FUEL_EXPORT.to_owned(), ExportKind::Global, around.fuel_global));
+            added.push((FLOOR_EXPORT.to_owned(), ExportKind::Global, around.floor_global));
         }
         for (name, kind, index) in added {
             section.export(&name, kind, index);
@@ -490,22 +369,34 @@ impl<'a> Input<'a> {
             let mut out = Vec::new();
             let mut charges = Charges::default();
             let mut body_out = Vec::new();
+            let mut hints = Vec::new();
             for (body, index) in bodies.iter().zip(first..) {
                 let ty = self.function_types[index] as usize;
                 let params = self.params.get(ty).copied().unwrap_or(0);
                 let leaf = around.leaf_costs[self.imported_functions as usize + index] > 0;
                 body_out.clear();
-                meter::rewrite(body, params, leaf, around, &mut charges, &mut body_out)?;
+                let unlikely =
+                    meter::rewrite(body, params, leaf, around, &mut charges, &mut body_out)?;
+                if !unlikely.is_empty() {
+                    hints.push((around.renumber(self.imported_functions + index as u32), unlikely));
+                }
                 meter::leb(body_out.len() as u32, &mut out);
                 out.extend_from_slice(&body_out);
             }
-            Ok((out, charges))
+            Ok((out, charges, hints))
         })?;
-        let mut items = Vec::with_capacity(parts.iter().map(|(out, _)| out.len()).sum());
-        for (out, part) in parts {
+        let mut items = Vec::with_capacity(parts.iter().map(|(out, _, _)| out.len()).sum());
+        let mut hints = BranchHints::new();
+        for (out, part, unlikely) in parts {
             items.extend_from_slice(&out);
             charges.add(&part);
+            for (function, offsets) in unlikely {
+                let hint =
+                    |branch_func_offset| BranchHint { branch_func_offset, branch_hint_value: 0 };
+                hints.function_hints(function, offsets.into_iter().map(hint));
+            }
         }
+        module.section(&hints);
         let count = self.bodies.len() as u32;
         Raw { count, items: &items }.write(SectionId::Code, None, module);
         Ok(())
@@ -546,28 +437,6 @@ fn leaf_costs(input: &Input<'_>, exported: &[u32]) -> Result<Vec<u32>, Instrumen
         *cost = survey.bounded_cost.filter(|cost| cost <= limit).unwrap_or(0) as u32;
     }
     Ok(costs)
-}
-
-/// The address of an active data segment.
-fn data_address(data: &Data<'_>) -> Result<u64, InstrumentError> {
-    let DataKind::Active { memory_index, offset_expr } = &data.kind else {
-        return Err(InstrumentError::Unsupported("has passive data segments"));
-    };
-    if *memory_index != 0 {
-        return Err(InstrumentError::Unsupported("has several memories"));
-    }
-    let mut operators = offset_expr.get_operators_reader();
-    match (operators.read()?, operators.read()?, operators.eof()) {
-        (Operator::I32Const { value }, Operator::End, true) => Ok(u64::from(value as u32)),
-        _ => Err(InstrumentError::Unsupported("has data at an offset that is not constant")),
-    }
-}
-
-fn check_table(table: wasmparser::TableType) -> Result<(), InstrumentError> {
-    if table.table64 {
-        return Err(InstrumentError::Unsupported("has a 64-bit table"));
-    }
-    Ok(())
 }
 
 fn slice_import(ty: u32) -> Vec<u8> {
@@ -615,39 +484,4 @@ fn validate(module: &[u8]) -> Result<(), InstrumentError> {
         Ok(())
     })?;
     Ok(())
-}
-
-/// Runs `work` on slices of `items` (with the index of their first item) on all processors, and
-/// returns the results in order.
-fn in_parallel<T: Sync, R: Send>(
-    items: &[T],
-    work: impl Fn(usize, &[T]) -> Result<R, InstrumentError> + Sync,
-) -> Result<Vec<R>, InstrumentError> {
-    const ITEMS_MIN: usize = 64;
-    // Slices of equal count differ in bytes: more of them than threads even that out.
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let slice = items.len().div_ceil(threads * 8).max(ITEMS_MIN);
-    let next = AtomicUsize::new(0);
-    let run = || {
-        let mut done = Vec::new();
-        loop {
-            let first = next.fetch_add(slice, Ordering::Relaxed);
-            if first >= items.len() {
-                return done;
-            }
-            let end = items.len().min(first + slice);
-            done.push((first, work(first, &items[first..end])));
-        }
-    };
-    let mut results = if items.len() <= slice {
-        run()
-    } else {
-        std::thread::scope(|scope| {
-            let handles: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
-            let joined = handles.into_iter().map(|handle| handle.join());
-            joined.flat_map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).collect()
-        })
-    };
-    results.sort_by_key(|(first, _)| *first);
-    results.into_iter().map(|(_, result)| result).collect()
 }

@@ -1,22 +1,22 @@
-//! The fuel pass over one function body: where fuel is charged, and how much.
+//! The fuel pass over one function body: where fuel is charged and checked, and how much.
 //!
-//! # The rule
+//! # Charges
 //!
 //! A *unit* of fuel is one operator; [`weight`] gives operators that cost more than that more, and
 //! the purely syntactic ones nothing. The *work* of an execution is the sum of the weights of the
 //! operators that it executed, plus one for each function entered and each loop header passed,
-//! plus the size charges of bulk operators.
+//! plus the size charges of bulk operators: a unit per byte.
 //!
 //! Fuel is paid before the work, by paths. For each point of a function the pass computes its
-//! *prepayment*: what is already paid for when control arrives there. It is found in one walk
-//! backwards, because in structured code the target of a forward branch comes later:
+//! *prepayment*: what is already paid for when control arrives there. One walk backwards finds it,
+//! because in structured code the target of a forward branch comes later:
 //!
-//! - at the end of the function, and after an operator that leaves it, the prepayment is 0;
-//! - before a straight line of operators it is their weight plus the prepayment after them;
-//! - before a loop it is 0, and at the loop header, once per iteration, the prepayment of the body
-//!   plus one is charged; function entry likewise;
+//! - at the end of the function, and behind an operator that leaves it, it is 0;
+//! - before a straight line of operators it is their weight plus the prepayment behind them;
+//! - before a loop it is 0, and at the loop header, in each iteration, the prepayment of the body
+//!   plus one is charged; likewise at function entry;
 //! - where control parts (`if`, `br_if`, …) the two prepayments may differ. If by at most
-//!   [`SLACK`], the larger one is used and nothing is charged: the cheaper path pays up to `SLACK`
+//!   [`SLACK`], the larger one counts and nothing is charged: the cheaper path pays up to `SLACK`
 //!   too much. If by more, the difference is charged where the costlier path starts, or given back
 //!   where a cheaper one starts, and both paths pay exactly;
 //! - at a label that a `br_table` names the prepayment is at most `SLACK`; what is more is charged
@@ -26,15 +26,26 @@
 //! It follows that at any moment, for the operators executed so far,
 //!
 //! ```text
-//! work <= fuel charged <= work + SLACK * branches taken or passed + prepayments lost
+//! work <= fuel charged <= work + SLACK * partings + prepayments
 //! ```
 //!
-//! where a prepayment is lost only to a trap or an exception, at most one per frame left by it.
-//! Each charge checks that fuel is still >= 0, and calls the host if not, before any of the work
-//! that it pays for: a guest whose host does not refill never works more than its budget.
-//! `tests/metering.rs` holds this against wasmtime's own count.
+//! with one prepayment for each frame that is live or was left by an exception or a trap. A call
+//! that has returned is charged within `SLACK` per parting of what it did.
 //!
-//! Bulk operators charge their size operand in the same way, before they run.
+//! # Checks
+//!
+//! Every function entry, loop header and bulk operator checks after its charge. There are two
+//! kinds, because a call in a loop, even one that is hardly ever made, keeps the engine's register
+//! allocator from holding the loop's values in registers:
+//!
+//! - *soft*, in loops that contain calls or other loops, and at bulk operators: if fuel is below 0
+//!   the host's `slice` is called, which grants more, or traps;
+//! - *hard*, in innermost loops without calls and at function entries: if fuel is below
+//!   `kaa:floor`, `unreachable`.
+//!
+//! So a guest runs into overdraft between soft checks, but not below the floor. Between two checks
+//! of any kind is only what is left of an acyclic path in each frame of the stack: a guest ends
+//! within budget, overdraft, and that. `tests/metering.rs` holds this against wasmtime's count.
 //!
 //! # Functions without charges
 //!
@@ -45,11 +56,16 @@
 
 use wasmparser::{Catch, FunctionBody, Operator};
 
+mod write;
+
+pub(super) use write::leb;
+use write::{I64_ADD, I64_SUB, Writer, write_locals};
+
 use super::instrument::InstrumentError;
 
 /// How much a path may pay too much at a place where control parts, instead of a charge of its
 /// own. Charges cost time, so this trades exactness for speed.
-const SLACK: u64 = 24;
+const SLACK: u64 = 64;
 /// The costliest path of a function that its direct callers pay for.
 pub(super) const LEAF_DIRECT_MAX: u64 = 64;
 /// The same for functions whose address is taken: any indirect call may reach one.
@@ -63,18 +79,24 @@ const THROW: u64 = 1000;
 /// Growing changes page protections: a system call at least.
 const GROW: u64 = 1000;
 
-/// Bulk charges are one unit per 16 bytes: log2 of that, and of the bytes of each element.
-const BYTES_PER_UNIT_LOG2: u32 = 4;
-const PAGE_BYTES_LOG2: u32 = 16;
-const TABLE_ELEMENT_BYTES_LOG2: u32 = 3;
+/// What the size operand of a bulk operator counts, in bytes: log2 of it. A byte is a unit; at the
+/// measured 10 to 20 million units per millisecond that is about what moving bytes costs.
+const PAGE_BYTES_LOG2: u8 = 16;
+const TABLE_ELEMENT_BYTES_LOG2: u8 = 3;
+const ARRAY_ELEMENT_BYTES_LOG2: u8 = 4;
+
+/// What `kaa:floor` starts with: one or two seconds. A single pass of an innermost loop over what
+/// a 32-bit memory holds takes less, so only endless ones get there.
+pub(super) const FLOOR_DEFAULT: i64 = -(1 << 35);
 
 /// What the pass over one function needs to know about the rest of the module.
 pub(super) struct Surroundings {
     /// Functions from this index on have moved up by one to make room for `slice`.
-    pub slice: u32,
-    pub fuel_global: u32,
+    pub(super) slice: u32,
+    pub(super) fuel_global: u32,
+    pub(super) floor_global: u32,
     /// The static cost of each function (by old index) that its callers pay for; 0 for others.
-    pub leaf_costs: Vec<u32>,
+    pub(super) leaf_costs: Vec<u32>,
 }
 
 impl Surroundings {
@@ -86,20 +108,25 @@ impl Surroundings {
 /// What a first look at a function body tells.
 pub(super) struct Survey {
     /// The costliest path, if the function does a bounded amount of work.
-    pub bounded_cost: Option<u64>,
+    pub(super) bounded_cost: Option<u64>,
     /// Functions whose address it takes.
-    pub refs: Vec<u32>,
+    pub(super) refs: Vec<u32>,
 }
 
-/// How many charges of each kind the pass has put in.
+/// How many charges of each kind were put in.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Charges {
+    /// Entries.
     pub functions: u64,
+    /// Loop headers.
     pub loops: u64,
+    /// Those of them whose check is soft.
+    pub loops_soft: u64,
     /// Where paths part or meet inside a function.
     pub branches: u64,
     /// Given back where a cheaper path starts.
     pub refunds: u64,
+    /// By size operand.
     pub bulk_operators: u64,
 }
 
@@ -107,6 +134,7 @@ impl Charges {
     pub(super) fn add(&mut self, other: &Self) {
         self.functions += other.functions;
         self.loops += other.loops;
+        self.loops_soft += other.loops_soft;
         self.branches += other.branches;
         self.refunds += other.refunds;
         self.bulk_operators += other.bulk_operators;
@@ -123,8 +151,9 @@ pub(super) fn survey(body: &FunctionBody<'_>) -> Result<Survey, InstrumentError>
     Ok(Survey { bounded_cost, refs: flow.refs })
 }
 
-/// Writes the body with charges and new function indices to `out`. A function whose cost the
-/// callers pay (`leaf`) only gets the new indices.
+/// Writes the body with charges and new function indices to `out`, and returns the offsets of
+/// branches in it that are hardly ever taken. A function whose cost the callers pay (`leaf`) only
+/// gets the new indices.
 pub(super) fn rewrite(
     body: &FunctionBody<'_>,
     params: u32,
@@ -132,7 +161,7 @@ pub(super) fn rewrite(
     around: &Surroundings,
     charges: &mut Charges,
     out: &mut Vec<u8>,
-) -> Result<(), InstrumentError> {
+) -> Result<Vec<u32>, InstrumentError> {
     let mut flow = Flow::read(body, |callee| {
         around.leaf_costs.get(callee as usize).map_or(0, |cost| u64::from(*cost))
     })?;
@@ -140,39 +169,38 @@ pub(super) fn rewrite(
     if !leaf {
         let entry = flow.prepay(SLACK, &mut edits, charges) + 1;
         charges.functions += 1;
-        edits.push(Edit { at: flow.start, end: flow.start, what: What::Charge(entry) });
+        edits.push(Edit::insert(flow.start, What::Charge(entry)));
+        edits.push(Edit::insert(flow.start, What::HardCheck));
     }
-    edits.extend(flow.edits);
+    edits.append(&mut flow.edits);
     // Stable: where a charge and an operator are at the same place, the charge comes first.
     edits.sort_by_key(|edit| edit.at);
 
     let bytes = body.as_bytes();
-    let scratch = write_locals(body, params, &edits, out)?;
+    let has_bulk = edits.iter().any(|edit| matches!(edit.what, What::BulkCharge { .. }));
+    let scratch = write_locals(body, params, has_bulk, out)?;
+    let mut writer = Writer { around, scratch, unlikely: Vec::new(), out };
     let mut copied = flow.start;
     for edit in &edits {
-        out.extend_from_slice(&bytes[copied..edit.at]);
+        writer.out.extend_from_slice(&bytes[copied..edit.at]);
         copied = edit.end;
         match edit.what {
-            What::Charge(units) => write_charge(around, units, out),
-            What::Refund(units) => {
-                fuel_get(around, out);
-                out.push(I64_CONST);
-                leb_signed(units as i64, out);
-                out.push(I64_ADD);
-                fuel_set(around, out);
-            }
-            What::BulkCharge { shift } => {
+            What::Charge(units) => writer.change_fuel(units, I64_SUB),
+            What::Refund(units) => writer.change_fuel(units, I64_ADD),
+            What::SoftCheck => writer.soft_check(),
+            What::HardCheck => writer.hard_check(),
+            What::BulkCharge { bytes_log2 } => {
                 charges.bulk_operators += 1;
-                write_bulk_charge(around, scratch, shift, out);
+                writer.bulk_charge(bytes_log2);
             }
             What::Function { opcode, index } => {
-                out.push(opcode);
-                leb(around.renumber(index), out);
+                writer.out.push(opcode);
+                leb(around.renumber(index), writer.out);
             }
         }
     }
-    out.extend_from_slice(&bytes[copied..]);
-    Ok(())
+    writer.out.extend_from_slice(&bytes[copied..]);
+    Ok(writer.unlikely)
 }
 
 /// One place of the body where bytes are put in, or replaced if `end` is behind `at`.
@@ -182,12 +210,21 @@ struct Edit {
     what: What,
 }
 
+impl Edit {
+    fn insert(at: usize, what: What) -> Self {
+        Self { at, end: at, what }
+    }
+}
+
 enum What {
     Charge(u64),
     Refund(u64),
-    /// Before a bulk operator, whose size operand (an i32, shifted left by `shift`) is on top.
+    SoftCheck,
+    HardCheck,
+    /// Before a bulk operator, whose size operand (an i32, in units of 2^`bytes_log2` bytes) is on
+    /// top of the stack.
     BulkCharge {
-        shift: i32,
+        bytes_log2: u8,
     },
     /// Replaces an operator whose only immediate is a function index.
     Function {
@@ -219,7 +256,7 @@ struct Step {
 
 /// Operators that matter to the flow; the numbers are frames, in order of their appearance.
 enum Kind {
-    Loop,
+    Loop(usize),
     If(usize),
     Else(usize),
     End(usize),
@@ -234,6 +271,8 @@ enum Kind {
 #[derive(Default)]
 struct Frame {
     is_loop: bool,
+    /// There are calls, bulk operators or loops in it.
+    is_soft: bool,
     in_table: bool,
     catches: bool,
     /// The prepayment at the label, known once the walk backwards has passed its `end`.
@@ -264,11 +303,16 @@ impl Flow {
             let (operator, at) = reader.read_with_offset()?;
             let (at, end) = (at - base, reader.original_position() - base);
             weight_since += weight(&operator);
-            if let Operator::Call { function_index } = operator {
+            if let Operator::Call { function_index } | Operator::ReturnCall { function_index } =
+                operator
+            {
                 weight_since += callee_cost(function_index);
             }
-            flow.note_edits(&operator, at, end);
-            let unbalanced = || InstrumentError::Unbalanced { offset: base + at };
+            if let Operator::Try { .. } | Operator::Catch { .. } | Operator::CatchAll = operator {
+                return Err(InstrumentError::Unsupported("uses legacy exceptions"));
+            }
+            flow.note_operator(&operator, at, end, &open);
+            let unbalanced = || InstrumentError::Unbalanced { offset: at };
             if let Some(kind) = flow.kind(&operator, &mut open).ok_or_else(unbalanced)? {
                 flow.steps.push(Step { weight: weight_since, end, kind });
                 weight_since = 0;
@@ -301,9 +345,10 @@ impl Flow {
                 return Some(None);
             }
             Operator::Loop { .. } => {
+                self.soften(open);
                 open.push(self.push_frame(true));
                 self.bounded = false;
-                Kind::Loop
+                Kind::Loop(*open.last()?)
             }
             Operator::If { .. } => {
                 open.push(self.push_frame(false));
@@ -340,13 +385,19 @@ impl Flow {
         Some(Some(kind))
     }
 
+    fn soften(&mut self, open: &[usize]) {
+        for frame in open {
+            self.frames[*frame].is_soft = true;
+        }
+    }
+
     fn push_frame(&mut self, is_loop: bool) -> usize {
         self.frames.push(Frame { is_loop, ..Frame::default() });
         self.frames.len() - 1
     }
 
-    /// Notes what changes in the operator itself, and whether it makes the work unbounded.
-    fn note_edits(&mut self, operator: &Operator<'_>, at: usize, end: usize) {
+    /// Notes what changes in the operator itself, and what it tells about the function.
+    fn note_operator(&mut self, operator: &Operator<'_>, at: usize, end: usize, open: &[usize]) {
         let function = match operator {
             Operator::Call { function_index } => Some((0x10, *function_index)),
             Operator::ReturnCall { function_index } => Some((0x12, *function_index)),
@@ -359,16 +410,21 @@ impl Flow {
         if let Some((opcode, index)) = function {
             self.edits.push(Edit { at, end, what: What::Function { opcode, index } });
         }
-        if let Some(shift) = bulk_shift(operator) {
-            self.edits.push(Edit { at, end: at, what: What::BulkCharge { shift } });
+        let size = bulk_bytes_log2(operator);
+        if let Some(bytes_log2) = size {
+            self.edits.push(Edit::insert(at, What::BulkCharge { bytes_log2 }));
+        }
+        let calls = matches!(
+            operator,
+            Operator::Call { .. } | Operator::CallIndirect { .. } | Operator::CallRef { .. }
+        );
+        if calls || size.is_some() {
+            self.soften(open);
             self.bounded = false;
         }
         self.bounded &= !matches!(
             operator,
-            Operator::Call { .. }
-                | Operator::CallIndirect { .. }
-                | Operator::CallRef { .. }
-                | Operator::ReturnCall { .. }
+            Operator::ReturnCall { .. }
                 | Operator::ReturnCallIndirect { .. }
                 | Operator::ReturnCallRef { .. }
                 | Operator::Throw { .. }
@@ -382,7 +438,7 @@ impl Flow {
         let frames = &mut self.frames;
         let mut paid = 0;
         for step in self.steps.iter().rev() {
-            let mut edit = |at: usize, what| edits.push(Edit { at, end: at, what });
+            let mut edit = |at: usize, what| edits.push(Edit::insert(at, what));
             match step.kind {
                 // The body's own end: an exception or a branch that arrives here just returns.
                 Kind::End(0) => paid = 0,
@@ -398,9 +454,15 @@ impl Flow {
                         frame.at_label = paid;
                     }
                 }
-                Kind::Loop => {
+                Kind::Loop(frame) => {
                     charges.loops += 1;
                     edit(step.end, What::Charge(paid + 1));
+                    if frames[frame].is_soft {
+                        charges.loops_soft += 1;
+                        edit(step.end, What::SoftCheck);
+                    } else {
+                        edit(step.end, What::HardCheck);
+                    }
                     paid = 0;
                 }
                 Kind::Else(frame) => {
@@ -491,136 +553,22 @@ fn weight(operator: &Operator<'_>) -> u64 {
     }
 }
 
-/// By how much to shift the size operand of a bulk operator to get units; `None` for others. The
-/// operand is an i32 on top of the stack in all of them.
-fn bulk_shift(operator: &Operator<'_>) -> Option<i32> {
-    let element_bytes_log2 = match operator {
-        Operator::MemoryFill { .. } | Operator::MemoryCopy { .. } => 0,
-        Operator::MemoryGrow { .. } => PAGE_BYTES_LOG2,
+/// What the size operand of a bulk operator counts (log2 of bytes); `None` for others. The operand
+/// is an i32 on top of the stack in all of them.
+fn bulk_bytes_log2(operator: &Operator<'_>) -> Option<u8> {
+    match operator {
+        Operator::MemoryFill { .. } | Operator::MemoryCopy { .. } => Some(0),
+        Operator::MemoryGrow { .. } => Some(PAGE_BYTES_LOG2),
         Operator::TableFill { .. }
         | Operator::TableCopy { .. }
         | Operator::TableInit { .. }
-        | Operator::TableGrow { .. } => TABLE_ELEMENT_BYTES_LOG2,
-        // Elements have at most 16 bytes.
+        | Operator::TableGrow { .. } => Some(TABLE_ELEMENT_BYTES_LOG2),
         Operator::ArrayNew { .. }
         | Operator::ArrayNewDefault { .. }
         | Operator::ArrayNewElem { .. }
         | Operator::ArrayInitElem { .. }
         | Operator::ArrayFill { .. }
-        | Operator::ArrayCopy { .. } => BYTES_PER_UNIT_LOG2,
-        _ => return None,
-    };
-    Some(element_bytes_log2 as i32 - BYTES_PER_UNIT_LOG2 as i32)
-}
-
-const CALL_OPCODE: u8 = 0x10;
-const END: u8 = 0x0b;
-const GLOBAL_GET: u8 = 0x23;
-const GLOBAL_SET: u8 = 0x24;
-const I32: u8 = 0x7f;
-const I64_ADD: u8 = 0x7c;
-const I64_CONST: u8 = 0x42;
-const I64_EXTEND_I32_U: u8 = 0xad;
-const I64_LT_S: u8 = 0x53;
-const I64_SHL: u8 = 0x86;
-const I64_SHR_U: u8 = 0x88;
-const I64_SUB: u8 = 0x7d;
-const IF_VOID: [u8; 2] = [0x04, 0x40];
-const LOCAL_GET: u8 = 0x20;
-const LOCAL_TEE: u8 = 0x22;
-
-/// Copies the declarations of locals. If there are bulk operators, appends an i32 for their size
-/// operand and returns its index.
-fn write_locals(
-    body: &FunctionBody<'_>,
-    params: u32,
-    edits: &[Edit],
-    out: &mut Vec<u8>,
-) -> Result<u32, InstrumentError> {
-    let locals = body.get_locals_reader()?;
-    let base = body.range().start;
-    let groups_at = locals.original_position() - base;
-    let groups = locals.get_count();
-    let end = body.get_operators_reader()?.original_position() - base;
-    let bytes = body.as_bytes();
-    if !edits.iter().any(|edit| matches!(edit.what, What::BulkCharge { .. })) {
-        out.extend_from_slice(&bytes[..end]);
-        return Ok(0);
-    }
-    let mut scratch = params;
-    for group in locals {
-        // Cannot overflow: the reader refuses more than 50,000 locals.
-        scratch += group?.0;
-    }
-    leb(groups + 1, out);
-    out.extend_from_slice(&bytes[groups_at..end]);
-    out.extend_from_slice(&[1, I32]);
-    Ok(scratch)
-}
-
-/// `fuel -= units; if fuel < 0 { slice() }`
-fn write_charge(around: &Surroundings, units: u64, out: &mut Vec<u8>) {
-    fuel_get(around, out);
-    out.push(I64_CONST);
-    leb_signed(units as i64, out);
-    out.push(I64_SUB);
-    fuel_set(around, out);
-    write_check(around, out);
-}
-
-/// The same for a size operand: `units = extend_unsigned(size) << shift`. It has 32 bits and
-/// `shift` is at most 12, so this does not come near the sign.
-fn write_bulk_charge(around: &Surroundings, scratch: u32, shift: i32, out: &mut Vec<u8>) {
-    out.push(LOCAL_TEE);
-    leb(scratch, out);
-    fuel_get(around, out);
-    out.push(LOCAL_GET);
-    leb(scratch, out);
-    out.extend_from_slice(&[I64_EXTEND_I32_U, I64_CONST]);
-    leb_signed(i64::from(shift.abs()), out);
-    out.push(if shift < 0 { I64_SHR_U } else { I64_SHL });
-    out.push(I64_SUB);
-    fuel_set(around, out);
-    write_check(around, out);
-}
-
-fn write_check(around: &Surroundings, out: &mut Vec<u8>) {
-    fuel_get(around, out);
-    out.extend_from_slice(&[I64_CONST, 0, I64_LT_S]);
-    out.extend_from_slice(&IF_VOID);
-    out.push(CALL_OPCODE);
-    leb(around.slice, out);
-    out.push(END);
-}
-
-fn fuel_get(around: &Surroundings, out: &mut Vec<u8>) {
-    out.push(GLOBAL_GET);
-    leb(around.fuel_global, out);
-}
-
-fn fuel_set(around: &Surroundings, out: &mut Vec<u8>) {
-    out.push(GLOBAL_SET);
-    leb(around.fuel_global, out);
-}
-
-/// Appends an unsigned LEB128 number.
-pub(super) fn leb(mut value: u32, out: &mut Vec<u8>) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-fn leb_signed(mut value: i64, out: &mut Vec<u8>) {
-    loop {
-        let byte = value as u8 & 0x7f;
-        value >>= 7;
-        let sign = byte & 0x40 != 0;
-        if (value == 0 && !sign) || (value == -1 && sign) {
-            out.push(byte);
-            return;
-        }
-        out.push(byte | 0x80);
+        | Operator::ArrayCopy { .. } => Some(ARRAY_ELEMENT_BYTES_LOG2),
+        _ => None,
     }
 }

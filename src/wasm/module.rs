@@ -21,7 +21,7 @@ use crate::image::{
 };
 
 /// Bumped when the rewriting of the module changes what comes out of it.
-const REWRITE_VERSION: u32 = 2;
+const REWRITE_VERSION: u32 = 3;
 const MANIFEST: &str = "module.json";
 const ARTIFACT: &str = "python.cwasm";
 const MEMORY: &str = "memory.bin";

@@ -10,7 +10,7 @@ use wasmtime_wasi::I32Exit;
 
 use super::budget::Budget;
 use super::guest::{Guest, Halt, Handles};
-use super::instrument::{FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
+use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
 use super::memory::{MemoryImage, Slot, with_slot};
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
@@ -211,11 +211,13 @@ impl Session {
         guest.budget = Budget::start(limits.clone());
         let wasmtime_fuel = store.get_fuel().ok();
         let guest = store.data_mut();
-        let grant = Val::I64(guest.budget.grant());
-        let result = run(store, &handles, turn, grant).await;
+        let grant = guest.budget.grant();
+        let lowest = guest.budget.floor();
+        let result = run(store, &handles, turn, (grant, lowest)).await;
         let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
         let bytes = handles.memory.data_size(&*store) as u64;
         let guest = store.data_mut();
+        let (limit, lowest) = (guest.budget.limit_at_floor(left), guest.budget.floor());
         let mut usage = guest.budget.finish(left, bytes);
         if handles.fuel.is_none() {
             usage.fuel = wasmtime_fuel
@@ -227,7 +229,15 @@ impl Session {
                 guest.running = false;
                 TurnEnd::Returned
             }
-            Err(error) => classify(&error),
+            Err(error) => match classify(&error) {
+                // A loop that can't be stopped softly ran into the floor: see `meter.rs`.
+                TurnEnd::Trapped(_) if left < lowest => {
+                    guest.budget.note_stop(limit);
+                    guest.conversation.stop(limit);
+                    TurnEnd::Halted(Halt::HardStop)
+                }
+                end => end,
+            },
         };
         (end, usage)
     }
@@ -360,10 +370,11 @@ async fn run(
     store: &mut Store<Guest>,
     handles: &Handles,
     turn: Turn,
-    grant: Val,
+    (grant, lowest): (i64, i64),
 ) -> wasmtime::Result<()> {
-    if let Some(fuel) = &handles.fuel {
-        fuel.set(&mut *store, grant)?;
+    if let (Some(fuel), Some(floor)) = (&handles.fuel, &handles.floor) {
+        fuel.set(&mut *store, Val::I64(grant))?;
+        floor.set(&mut *store, Val::I64(lowest))?;
     }
     match turn {
         Turn::Entry(Entry { code, names }) => {
@@ -406,6 +417,7 @@ fn exports(
     let missing = |name: &str| wasmtime::Error::msg(format!("the module does not export `{name}`"));
     let memory = instance.get_memory(&mut *store, "memory").ok_or_else(|| missing("memory"))?;
     let fuel = instance.get_global(&mut *store, FUEL_EXPORT);
+    let floor = instance.get_global(&mut *store, FLOOR_EXPORT);
     let mut mutable = Vec::with_capacity(globals.len());
     for record in globals {
         let global = instance.get_global(&mut *store, &record.export);
@@ -417,6 +429,7 @@ fn exports(
         memory,
         globals: mutable,
         fuel,
+        floor,
         host_alloc: instance.get_typed_func(&mut *store, "host_alloc")?,
         interrupt: instance.get_typed_func(&mut *store, &interrupt)?,
         run_source: instance.get_typed_func(&mut *store, "turn")?,

@@ -62,7 +62,7 @@ pub(crate) fn context(
         opened
             .map_err(|e| Error::invalid(format!("directory {}", host.display()), format!("{e:#}")))
     };
-    // In the order of `files::STDLIB_FD` and its neighbours, which is baked into every image.
+    // in the order that `files::ROOT_FD` counts on, which is baked into every image.
     open(directories.stdlib, "/usr/local/lib", FsPerms::ReadOnly)?;
     open(directories.scratch, "/tmp", FsPerms::ReadWrite)?;
     open(directories.root, "/", FsPerms::ReadOnly)?;

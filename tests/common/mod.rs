@@ -11,7 +11,7 @@ use kaa::{
 };
 
 /// Where compiled guests and images are kept: the user's cache, or `KAA_CACHE`.
-pub fn store_root() -> PathBuf {
+pub(crate) fn store_root() -> PathBuf {
     match std::env::var_os("KAA_CACHE") {
         Some(root) => root.into(),
         None => dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
@@ -19,13 +19,13 @@ pub fn store_root() -> PathBuf {
 }
 
 /// The runtime of this process. The first test on a machine makes the images, which takes minutes.
-pub fn runtime() -> &'static Runtime {
+pub(crate) fn runtime() -> &'static Runtime {
     static RUNTIME: OnceLock<Runtime> = OnceLock::new();
     RUNTIME.get_or_init(|| Runtime::open(Store::open(store_root()).unwrap()).unwrap())
 }
 
 /// An image that comes with Kaa.
-pub fn image(name: &str) -> Image {
+pub(crate) fn image(name: &str) -> Image {
     let progress = |event| {
         if let Progress::End { detail, elapsed } = event {
             eprintln!("{detail} ({elapsed:.1?})");
@@ -35,27 +35,27 @@ pub fn image(name: &str) -> Image {
 }
 
 /// A session of `base`.
-pub fn open(options: EnvironmentOptions) -> WasmEnvironment {
+pub(crate) fn open(options: EnvironmentOptions) -> WasmEnvironment {
     runtime().environment(&image("base"), options).unwrap()
 }
 
 /// A session with defaults.
-pub fn session() -> WasmEnvironment {
+pub(crate) fn session() -> WasmEnvironment {
     open(EnvironmentOptions::default())
 }
 
 /// A session with these limits.
-pub fn limited(limits: Limits) -> WasmEnvironment {
+pub(crate) fn limited(limits: Limits) -> WasmEnvironment {
     open(EnvironmentOptions { limits, ..EnvironmentOptions::default() })
 }
 
 /// A session of this profile.
-pub fn profiled(profile: Profile) -> WasmEnvironment {
+pub(crate) fn profiled(profile: Profile) -> WasmEnvironment {
     open(EnvironmentOptions { profile, ..EnvironmentOptions::default() })
 }
 
 /// Runs a cell that must not fail on the host's side.
-pub async fn run(session: &mut WasmEnvironment, code: &str) -> Execution {
+pub(crate) async fn run(session: &mut WasmEnvironment, code: &str) -> Execution {
     match session.execute(code).await {
         Ok(execution) => execution,
         Err(error) => panic!("{code}: {error}"),
@@ -63,7 +63,7 @@ pub async fn run(session: &mut WasmEnvironment, code: &str) -> Execution {
 }
 
 /// What a cell prints; it must complete.
-pub async fn print(session: &mut WasmEnvironment, code: &str) -> String {
+pub(crate) async fn print(session: &mut WasmEnvironment, code: &str) -> String {
     let execution = run(session, code).await;
     assert_eq!(execution.outcome, kaa::Outcome::Completed, "{code}: {}", execution.stderr.text());
     execution.stdout.text().into_owned()
