@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{
-    CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_value,
+    CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
 };
 use crate::value::Value;
 
@@ -29,6 +29,9 @@ const REPR_CHARS: usize = 500;
 const VALUE_CHARS: usize = 65_536;
 /// Variables that one report may list; the agent stops earlier.
 const VARIABLES_MAX: usize = 1_000;
+/// Bytes of prompts and responses that one cell may have exchanged with language models: the host
+/// keeps them until the cell ends.
+const CALL_BYTES_KEPT_MAX: usize = 256 << 20;
 /// Characters that OpenEnv keeps of each stream.
 const OPENENV_OUTPUT_CHARS: usize = 8_192;
 
@@ -97,6 +100,8 @@ pub(crate) enum Done {
 /// What a cell has called so far.
 #[derive(Default)]
 struct Calls {
+    /// Bytes of prompts and responses: they are kept for the report.
+    bytes: usize,
     lm: u32,
     tools: u32,
     completions: Vec<LmCall>,
@@ -283,12 +288,16 @@ impl Conversation {
                 "the agent ended its turn before it replied to everything",
             ));
         }
-        self.untold.clear();
         if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
             let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
             return Err(Error::invalid(what, reason));
         }
         Ok(replies.into_iter().next_back().expect("there is one"))
+    }
+
+    /// The state that this turn left is kept: what the guest was told in it need not be told again.
+    pub(crate) fn keep(&mut self) {
+        self.untold.clear();
     }
 
     /// Gives up on this turn: nothing of it must reach the next.
@@ -340,11 +349,20 @@ impl Conversation {
             ));
             return Ok(Answer::Now(self.finish(done)));
         }
+        let bytes = self.calls.bytes.saturating_add(body.len());
+        if bytes > CALL_BYTES_KEPT_MAX {
+            let done = refuse(format!(
+                "prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes"
+            ));
+            return Ok(Answer::Now(self.finish(done)));
+        }
+        self.calls.bytes = bytes;
         self.calls.lm += count;
         let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
         let mut requests = Vec::with_capacity(call.prompts.len());
+        let mut allowance = body.len();
         for prompt in call.prompts {
-            let prompt = prompt_of(decode_value(prompt, &body)?)?;
+            let prompt = prompt_of(decode_within(prompt, &body, &mut allowance)?)?;
             requests.push(LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth });
         }
         let concurrency = self.limits.lm_concurrency as usize;
@@ -384,6 +402,7 @@ impl Conversation {
             .into_iter()
             .map(|result| match (requests.next(), result) {
                 (Some(request), Ok(completion)) => {
+                    self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
                     let response = Value::Str(completion.response.clone());
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
@@ -411,11 +430,12 @@ impl Conversation {
         }
         self.calls.tools += 1;
         let mut args = ToolArgs::default();
+        let mut allowance = body.len();
         for arg in call.args {
-            args.args.push(decode_value(arg, &body)?);
+            args.args.push(decode_within(arg, &body, &mut allowance)?);
         }
         for (name, arg) in call.kwargs {
-            args.kwargs.push((name, decode_value(arg, &body)?));
+            args.kwargs.push((name, decode_within(arg, &body, &mut allowance)?));
         }
         let answer = tool.call(args);
         Ok(Answer::Later(Box::pin(async move { Done::Tool(answer.await) })))

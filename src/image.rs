@@ -24,6 +24,7 @@
 
 mod files;
 
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -35,15 +36,17 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 pub(crate) use self::files::{
-    check_files, create_private, hash, read_manifest, write_json, write_private,
+    check_files, create_private, hash, is_older_than, read_manifest, write_json, write_private,
 };
-use self::files::{check_private, hex, read_small, sync_tree};
+use self::files::{check_private, hex, read_small, sync_tree, tree_bytes};
 use crate::error::{Error, Result};
 
 /// Version of the layout above and of the manifests. Another one is another entry.
 pub(crate) const FORMAT: u32 = 1;
 /// The name of the manifest in an image's directory.
 const IMAGE_MANIFEST: &str = "image.json";
+/// Younger drafts are left alone: their process may not hold the lock yet.
+const DRAFT_AGE_MIN: Duration = Duration::from_secs(60);
 /// Manifests are small; a larger file isn't one.
 const MANIFEST_BYTES_MAX: u64 = 4 << 20;
 
@@ -219,6 +222,19 @@ impl Store {
             .map_err(|e| Error::io(format!("making a directory in {}", parent.display()), e))
     }
 
+    /// Removes what processes left that died while they wrote. Does nothing while somebody builds.
+    pub(crate) fn remove_old_drafts(&self) {
+        let lock = File::options().write(true).open(self.root.join("lock"));
+        let Some(_lock) = lock.ok().filter(|lock| lock.try_lock().is_ok()) else { return };
+        let Ok(entries) = fs::read_dir(self.root.join("tmp")) else { return };
+        for entry in entries.flatten() {
+            if is_older_than(&entry.path(), DRAFT_AGE_MIN) {
+                // What resists is found by the next start.
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+
     /// Puts a finished draft into its place, all at once. An entry that is there already is
     /// replaced: it failed its checks.
     ///
@@ -227,8 +243,11 @@ impl Store {
     /// [`Error::Io`] when it can't be flushed or renamed.
     pub(crate) fn publish(&self, draft: TempDir, place: &Path) -> Result<()> {
         let context = || format!("writing {}", place.display());
+        let aside = self.draft()?;
         if place.exists() {
-            fs::remove_dir_all(place).map_err(|e| Error::io(context(), e))?;
+            // Aside and not away: whoever is using it goes on, and nobody sees half of it.
+            fs::rename(place, aside.path().join("replaced"))
+                .map_err(|e| Error::io(context(), e))?;
         }
         sync_tree(draft.path()).map_err(|e| Error::io(context(), e))?;
         fs::rename(draft.path(), place).map_err(|e| Error::io(context(), e))?;
@@ -373,6 +392,27 @@ impl Store {
         }
         Ok(())
     }
+
+    /// Removes images that no name stands for, directly or as a parent, and compiled guests but
+    /// `current` that no image is left for. Returns the bytes that are free again.
+    ///
+    /// # Errors
+    ///
+    /// The first error of a manifest: what can't be read can't be called unused.
+    pub(crate) fn prune(&self, current: &str) -> Result<u64> {
+        let _lock = self.lock()?;
+        let (mut images, mut modules) = (HashSet::new(), HashSet::from([current.to_owned()]));
+        for (_, manifest) in self.list()? {
+            let mut next = Some(manifest?);
+            while let Some(manifest) = next {
+                next = manifest.parent.as_ref().map(|key| self.manifest(key)).transpose()?;
+                images.insert(manifest.key);
+                modules.insert(manifest.module);
+            }
+        }
+        Ok(remove_others(&self.root.join("images"), &images)?
+            + remove_others(&self.root.join("modules"), &modules)?)
+    }
 }
 
 /// The part of a module's manifest that the store reads.
@@ -386,6 +426,21 @@ struct ModuleFiles {
 pub(crate) struct StoreLock(
     #[expect(dead_code, reason = "closing the file releases the lock")] File,
 );
+
+/// Removes every entry whose key isn't one of `keep`; the bytes that they had.
+fn remove_others(directory: &Path, keep: &HashSet<String>) -> Result<u64> {
+    let context = |path: &Path| format!("removing what isn't used from {}", path.display());
+    let mut bytes = 0;
+    for entry in fs::read_dir(directory).map_err(|e| Error::io(context(directory), e))? {
+        let path = entry.map_err(|e| Error::io(context(directory), e))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if is_key(name) && !keep.contains(name) {
+            bytes += tree_bytes(&path).map_err(|e| Error::io(context(&path), e))?;
+            fs::remove_dir_all(&path).map_err(|e| Error::io(context(&path), e))?;
+        }
+    }
+    Ok(bytes)
+}
 
 fn no_image(name: &str) -> Error {
     Error::invalid(
@@ -466,6 +521,20 @@ mod tests {
         assert!(!store.image(&manifest.key).exists());
         assert!(matches!(store.manifest_by_name("one"), Err(Error::Invalid { .. })));
         assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_nothing_refers_to_is_pruned() {
+        let (_parent, store) = store();
+        let (old, new) = (entry(&store, "one"), entry(&store, "two"));
+        store.name("one", &new.key).unwrap();
+        let module = store.module(&"0".repeat(64));
+        fs::create_dir(&module).unwrap();
+        fs::write(module.join("python.cwasm"), "code").unwrap();
+        let freed = store.prune("").unwrap();
+        assert!(freed > 10, "{freed}");
+        assert!(!store.image(&old.key).exists() && !module.exists());
+        assert!(store.manifest_by_name("one").is_ok() && store.manifest_by_name("two").is_ok());
     }
 
     #[test]

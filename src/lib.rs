@@ -1,4 +1,35 @@
-//! Kaa runs Python that a model wrote: cells in a persistent CPython session inside WebAssembly.
+//! Kaa runs Python that nobody has read yet: cells that a model wrote, in a persistent session of full
+//! CPython inside WebAssembly.
+//!
+//! A session lives in four steps:
+//!
+//! 1. a [`Store`] is the directory of compiled code and images, a [`Runtime`] the engine over it;
+//! 2. an [`Image`] is what sessions start from: Python started, modules imported;
+//! 3. a [`WasmEnvironment`] is one session; it implements the contract, [`Environment`];
+//! 4. [`execute`](EnvironmentExt::execute) runs a cell and gives an [`Execution`].
+//!
+//! ```no_run
+//! use kaa::{EnvironmentExt, EnvironmentOptions, Limits, Outcome, Runtime, Store};
+//! use std::time::Duration;
+//!
+//! # async fn example() -> kaa::Result<()> {
+//! let runtime = Runtime::open(Store::open("/var/lib/my-app/kaa")?)?;
+//! let image = runtime.image("base", &|_| {})?;
+//! let limits = Limits { compute: Duration::from_secs(1), ..Limits::default() };
+//! let options = EnvironmentOptions { limits, ..EnvironmentOptions::default() };
+//! let mut session = runtime.environment(&image, options)?;
+//! session.execute("x = 41").await?;
+//! let stopped = session.execute("while True: pass").await?;
+//! assert_eq!(stopped.outcome, Outcome::LimitReached);
+//! let next = session.execute("print(x + 1)").await?; // the session is as it was
+//! assert_eq!(next.stdout.text(), "42\n");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What Kaa does not do: it gives the guest no threads, sockets or subprocesses, it doesn't protect
+//! against side channels, and it reads no environment variable and prints nothing; that is the
+//! command line's part. How it works inside: [`_architecture`].
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
 compile_error!(
@@ -17,6 +48,14 @@ mod policy;
 mod protocol;
 mod value;
 pub mod wasm;
+
+#[doc = include_str!("architecture.md")]
+pub mod _architecture {}
+
+/// The examples of the README, compiled with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub use environment::*;
 pub use error::{Error, Result};

@@ -86,6 +86,8 @@ pub struct Limits {
 pub const MEMORY_BYTES_MAX: u64 = 1 << 32;
 /// The smallest value of [`Limits::memory_bytes`] that leaves room for an interpreter.
 pub const MEMORY_BYTES_MIN: u64 = 64 << 20;
+/// The longest time that a limit may have.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The largest value of [`Limits::output_bytes`]: it is host memory.
 pub const OUTPUT_BYTES_MAX: u64 = 1 << 30;
 
@@ -113,7 +115,6 @@ impl Limits {
     /// defaults, and times are a year.
     #[must_use]
     pub fn unlimited() -> Self {
-        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
         Self {
             fuel: i64::MAX as u64,
             compute: YEAR,
@@ -136,8 +137,11 @@ impl Limits {
         range("limits.lm_concurrency", self.lm_concurrency.into(), 1, 10_000)?;
         for (name, value) in [("compute", self.compute), ("wall", self.wall), ("grace", self.grace)]
         {
-            if value.is_zero() {
-                return Err(Error::invalid(format!("limits.{name}"), "must be longer than 0 s"));
+            if value.is_zero() || value > YEAR {
+                return Err(Error::invalid(
+                    format!("limits.{name}"),
+                    format!("must be longer than 0 s and at most a year, not {value:?}"),
+                ));
             }
         }
         Ok(())

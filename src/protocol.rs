@@ -23,9 +23,10 @@ use crate::value::Value;
 pub(crate) const REPLY_BYTES_MAX: usize = 1 << 30;
 /// Largest message from the guest: the host holds a copy of it.
 pub(crate) const CALL_BYTES_MAX: usize = 256 << 20;
-/// Largest header from the guest: what's long is body. Parsed, JSON can take sixteen times its
-/// length, so that this bounds what a hostile header costs the host to 256 MiB, for a moment.
+/// Largest header from the guest: what's long is body.
 const HEADER_BYTES_MAX: usize = 16 << 20;
+/// What a header may take when it's parsed. JSON of seven bytes can become a map of 640.
+const PARSED_BYTES_MAX: usize = 256 << 20;
 /// Longer texts travel in the body, where nothing has to be escaped.
 const INLINE_CHARS_MAX: usize = 1024;
 /// Nesting of values; `serde_json` itself stops at 128.
@@ -79,6 +80,9 @@ impl Message {
             )));
         }
         let (header, body) = rest.split_at(length);
+        if parsed_bytes(header) > PARSED_BYTES_MAX {
+            return Err(Error::protocol(format!("a header of {length} bytes with too many parts")));
+        }
         let header = serde_json::from_slice(header)
             .map_err(|e| Error::protocol(format!("the header is not a JSON object: {e}")))?;
         Ok(Self { header, body: body.to_vec() })
@@ -101,6 +105,25 @@ impl Message {
         let encoded = encode_value(value, &mut self.body);
         self.header.insert(key.into(), encoded);
     }
+}
+
+/// At most what this JSON takes when it's parsed, without parsing it: by its brackets and commas
+/// outside of strings, and the sizes of `serde_json`'s and `Value`'s maps, lists and elements.
+fn parsed_bytes(json: &[u8]) -> usize {
+    let (mut bytes, mut in_string, mut escaped) = (json.len(), false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' => bytes += 1300,
+            b'[' => bytes += 256,
+            b',' => bytes += 128,
+            _ => {}
+        }
+    }
+    bytes
 }
 
 /// A variable in a report.
@@ -212,67 +235,86 @@ pub(crate) fn encode_value(value: &Value, body: &mut Vec<u8>) -> Json {
 ///
 /// [`Error::Protocol`] for an unknown form, a range outside the body, or too deep a nesting.
 pub(crate) fn decode_value(json: Json, body: &[u8]) -> Result<Value> {
-    decode_at_depth(json, body, 0)
+    decode_within(json, body, &mut { body.len() })
 }
 
-fn decode_at_depth(json: Json, body: &[u8], depth: usize) -> Result<Value> {
-    if depth > DEPTH_MAX {
-        return Err(Error::protocol(format!("a value nested more than {DEPTH_MAX} levels deep")));
-    }
-    match json {
-        Json::Array(items) => Ok(Value::List(
-            items
-                .into_iter()
-                .map(|item| decode_at_depth(item, body, depth + 1))
-                .collect::<Result<_>>()?,
-        )),
-        Json::Object(map) => {
-            if map.len() == 1
-                && let Some((key, inner)) = map.iter().next()
-                && key.starts_with('$')
-            {
-                return decode_special(key, inner, body, depth);
-            }
-            let mut decoded = BTreeMap::new();
-            for (key, item) in map {
-                decoded.insert(key, decode_at_depth(item, body, depth + 1)?);
-            }
-            Ok(Value::Map(decoded))
-        }
-        plain => Ok(plain.into()),
-    }
+/// As [`decode_value`], for several values that share a body: together they may refer to `allowance`
+/// bytes of it, so that a message can't name the same long text again and again.
+///
+/// # Errors
+///
+/// As [`decode_value`].
+pub(crate) fn decode_within(json: Json, body: &[u8], allowance: &mut usize) -> Result<Value> {
+    Decoder { body, allowance }.decode(json, 0)
 }
 
-fn decode_special(form: &str, inner: &Json, body: &[u8], depth: usize) -> Result<Value> {
-    let unknown = || Error::protocol(format!("a value of the unknown form `{form}`"));
-    match form {
-        "$str" => {
-            // A guest that lies about its text gets replacement characters, not an error.
-            Ok(Value::Str(String::from_utf8_lossy(slice(inner, body)?).into_owned()))
+struct Decoder<'message> {
+    body: &'message [u8],
+    allowance: &'message mut usize,
+}
+
+impl Decoder<'_> {
+    fn decode(&mut self, json: Json, depth: usize) -> Result<Value> {
+        if depth > DEPTH_MAX {
+            return Err(Error::protocol(format!(
+                "a value nested more than {DEPTH_MAX} levels deep"
+            )));
         }
-        "$wtf8" => Ok(Value::Wtf8(slice(inner, body)?.to_vec())),
-        "$bytes" => Ok(Value::Bytes(slice(inner, body)?.to_vec())),
-        "$int" => Ok(Value::BigInt(inner.as_str().ok_or_else(unknown)?.to_owned())),
-        "$float" => match inner.as_str() {
-            Some("nan") => Ok(Value::Float(f64::NAN)),
-            Some("inf") => Ok(Value::Float(f64::INFINITY)),
-            Some("-inf") => Ok(Value::Float(f64::NEG_INFINITY)),
-            _ => Err(unknown()),
-        },
-        "$dict" => {
-            let mut decoded = BTreeMap::new();
-            for pair in inner.as_array().ok_or_else(unknown)? {
-                match pair.as_array().map(Vec::as_slice) {
-                    Some([Json::String(key), value]) => {
-                        let value = decode_at_depth(value.clone(), body, depth + 1)?;
-                        decoded.insert(key.clone(), value);
-                    }
-                    _ => return Err(unknown()),
+        match json {
+            Json::Array(items) => {
+                let items = items.into_iter().map(|item| self.decode(item, depth + 1));
+                Ok(Value::List(items.collect::<Result<_>>()?))
+            }
+            Json::Object(map) => {
+                if map.len() == 1 && map.keys().all(|key| key.starts_with('$')) {
+                    let (form, inner) = map.into_iter().next().expect("there is one");
+                    return self.special(&form, inner, depth);
                 }
+                let pairs =
+                    map.into_iter().map(|(key, item)| Ok((key, self.decode(item, depth + 1)?)));
+                Ok(Value::Map(pairs.collect::<Result<_>>()?))
             }
-            Ok(Value::Map(decoded))
+            plain => Ok(plain.into()),
         }
-        _ => Err(unknown()),
+    }
+
+    fn special(&mut self, form: &str, inner: Json, depth: usize) -> Result<Value> {
+        let unknown = || Error::protocol(format!("a value of the unknown form `{form}`"));
+        match (form, inner) {
+            // A guest that lies about its text gets replacement characters, not an error.
+            ("$str", range) => {
+                Ok(Value::Str(String::from_utf8_lossy(self.slice(&range)?).into_owned()))
+            }
+            ("$wtf8", range) => Ok(Value::Wtf8(self.slice(&range)?.to_vec())),
+            ("$bytes", range) => Ok(Value::Bytes(self.slice(&range)?.to_vec())),
+            ("$int", Json::String(digits)) => Ok(Value::BigInt(digits)),
+            ("$float", Json::String(name)) => match name.as_str() {
+                "nan" => Ok(Value::Float(f64::NAN)),
+                "inf" => Ok(Value::Float(f64::INFINITY)),
+                "-inf" => Ok(Value::Float(f64::NEG_INFINITY)),
+                _ => Err(unknown()),
+            },
+            ("$dict", Json::Array(pairs)) => {
+                let mut decoded = BTreeMap::new();
+                for pair in pairs {
+                    let Json::Array(pair) = pair else { return Err(unknown()) };
+                    let pair: Result<[Json; 2], _> = pair.try_into();
+                    let Ok([Json::String(key), value]) = pair else { return Err(unknown()) };
+                    decoded.insert(key, self.decode(value, depth + 1)?);
+                }
+                Ok(Value::Map(decoded))
+            }
+            _ => Err(unknown()),
+        }
+    }
+
+    fn slice(&mut self, range: &Json) -> Result<&[u8]> {
+        let slice = slice(range, self.body)?;
+        *self.allowance = self
+            .allowance
+            .checked_sub(slice.len())
+            .ok_or_else(|| Error::protocol("values refer to the same bytes more than once"))?;
+        Ok(slice)
     }
 }
 
@@ -325,8 +367,12 @@ mod tests {
         {
             assert!(matches!(Message::from_bytes(bytes), Err(Error::Protocol { .. })), "{bytes:?}");
         }
+        let mut many = b"\0\x10\0\0[".to_vec();
+        many.resize(4 + (1 << 20), b'{');
+        assert!(matches!(Message::from_bytes(&many), Err(Error::Protocol { .. })));
         let nested = (0..DEPTH_MAX + 2).fold(json!(1), |inner, _| json!([inner]));
         for json in [
+            json!([{"$str": [0, 3]}, {"$str": [0, 3]}]),
             json!({"$str": [0, 9]}),
             json!({"$bytes": [18_446_744_073_709_551_615u64, 2]}),
             json!({"$bytes": [1]}),

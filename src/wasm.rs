@@ -7,6 +7,7 @@
 
 mod boot;
 mod budget;
+mod clock;
 mod dirty;
 mod engine;
 mod environment;
@@ -71,6 +72,16 @@ pub struct Runtime {
     metering: Metering,
     linker: Linker<Guest>,
     loaded: Mutex<Loaded>,
+}
+
+/// Whether an entry of the store has to be made anew, and not just read again: a machine that is out
+/// of descriptors for a moment must not lose its images.
+fn is_absent_or_unsound(error: &Error) -> bool {
+    match error {
+        Error::Incompatible { .. } => true,
+        Error::Io { source, .. } => source.kind() == std::io::ErrorKind::NotFound,
+        _ => false,
+    }
 }
 
 /// What was loaded already.
@@ -138,7 +149,7 @@ impl Runtime {
             .and_then(|()| guest::add_to_linker(&mut linker))
             .map_err(|e| Error::Internal(format!("defining the guest's imports: {e:#}")))?;
         files::remove_leftovers(&store.scratch());
-        files::remove_leftovers(&store.root().join("tmp"));
+        store.remove_old_drafts();
         Ok(Self { store, engine, metering, linker, loaded: Mutex::default() })
     }
 
@@ -189,8 +200,10 @@ impl Runtime {
         recipe.name.push_str(self.metering.suffix());
         let parent_manifest = parent.as_ref().map(Image::manifest);
         let key = recipe.key(&guests.compiled.manifest.key, parent_manifest);
-        if let Ok(manifest) = self.store.manifest(&key) {
-            return self.load(manifest, guests);
+        match self.store.manifest(&key) {
+            Ok(manifest) => return self.load(manifest, guests),
+            Err(e) if !is_absent_or_unsound(&e) => return Err(e),
+            Err(_) => {}
         }
         let _lock = self.store.lock()?;
         // Another process may have made it while this one waited.
@@ -223,6 +236,18 @@ impl Runtime {
         self.load(manifest, guests)
     }
 
+    /// Removes what no named image needs: images and compiled guests of other versions of Kaa.
+    /// Returns the bytes that are free again.
+    ///
+    /// Not while a process of another version runs sessions: they import from what goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when a named image can't be read: remove it, or build it again, first.
+    pub fn prune(&self) -> Result<u64> {
+        self.store.prune(&module::module_key(&self.engine, self.metering))
+    }
+
     /// A new session.
     ///
     /// # Errors
@@ -248,6 +273,7 @@ impl Runtime {
         }
         let compiled = match module::load(&self.store, &self.engine, self.metering) {
             Ok(compiled) => compiled,
+            Err(e) if !is_absent_or_unsound(&e) => return Err(e),
             Err(_) => {
                 let _lock = self.store.lock()?;
                 match module::load(&self.store, &self.engine, self.metering) {

@@ -129,6 +129,12 @@ os.write(1, struct.pack('>I', len(frame)) + frame)
 h = b'{"op":"done","outcome":"exited","exit_code":9}'
 while True: _host.call(len(h).to_bytes(4,'big') + h)"#,
         r#"import _host
+h = b'{"op":"lm","prompts":[' + b','.join([b'{"$str":[0,1000000]}'] * 500) + b']}'
+_host.call(len(h).to_bytes(4,'big') + h + bytes(1000000))"#,
+        r#"import _host
+h = b'{"op":"why","x":[' + b','.join([b'{"":0}'] * 2_000_000) + b']}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
 h = b'{"op":"lm","prompts":[{"$str":[0,99]}]}'
 _host.call(len(h).to_bytes(4,'big') + h)"#,
     ];
@@ -214,6 +220,19 @@ async fn variables_cross_in_both_directions() {
     let names: Vec<String> =
         session.list_variables().await.unwrap().into_iter().map(|variable| variable.name).collect();
     assert_eq!(names, ["v", "t", "f", "n"]);
+}
+
+#[tokio::test]
+async fn a_refused_first_request_leaves_the_session_as_it_was_asked_for() {
+    let tool = Tool::new("seven", |_| Ok(Value::from(7i64)));
+    let mut session = open(EnvironmentOptions {
+        profile: kaa::Profile::OpenEnv,
+        tools: vec![tool],
+        ..EnvironmentOptions::default()
+    });
+    session.add_context(Context::Json(b"[1,".to_vec()), None).await.unwrap_err();
+    assert_eq!(print(&mut session, "seven()").await, "7\n");
+    assert_eq!(run(&mut session, "import os").await.exception.unwrap().type_name, "ImportError");
 }
 
 #[tokio::test]

@@ -47,26 +47,26 @@ async fn mounts_are_read_only_unless_asked_and_have_no_way_out() {
     std::os::unix::fs::symlink("../out", inside.join("up")).unwrap();
     let mount =
         |guest: &str, writable| Mount { host: inside.clone(), guest: guest.into(), writable };
-    let mounts = vec![mount("/data", false), mount("/work", true), mount("/work/deep", false)];
+    let mounts = vec![mount("/data", false), mount("/output", true), mount("/output/deep", false)];
     let policy = Policy { mounts, ..Policy::default() };
     let mut session = open(EnvironmentOptions { policy, ..EnvironmentOptions::default() });
     let code = r#"
 import os, pathlib
 print(open('/data/a.txt').read(), open('/data/sub/b.txt').read(), sorted(os.listdir('/data')))
-print(open('/work/deep/a.txt').read(), os.path.isdir('/data'), os.path.exists('/data/none'))
+print(open('/output/deep/a.txt').read(), os.path.isdir('/data'), os.path.exists('/data/none'))
 def refused(f):
     try:
         f()
         return False
     except OSError:
         return True
-print([refused(lambda p=p: open(p).read()) for p in ['/data/link', '/data/up/secret', '/data/../out/secret', '/work/../out/secret', '/data/sub/../../out/secret', 'data/link']])
-print(refused(lambda: open('/data/new', 'w')), refused(lambda: os.remove('/data/a.txt')), refused(lambda: os.rename('/data/a.txt', '/work/x')))
-pathlib.Path('/work/new.txt').write_text('made')
-os.mkdir('/work/dir')
-os.rename('/work/new.txt', '/work/dir/new.txt')
-print(refused(lambda: os.symlink('/etc/passwd', '/work/abs') or open('/work/abs').read()))
-print(refused(lambda: (os.symlink('../../out/secret', '/work/dir/rel'), open('/work/dir/rel').read())))
+print([refused(lambda p=p: open(p).read()) for p in ['/data/link', '/data/up/secret', '/data/../out/secret', '/output/../out/secret', '/data/sub/../../out/secret', 'data/link']])
+print(refused(lambda: open('/data/new', 'w')), refused(lambda: os.remove('/data/a.txt')), refused(lambda: os.rename('/data/a.txt', '/output/x')))
+pathlib.Path('/output/new.txt').write_text('made')
+os.mkdir('/output/dir')
+os.rename('/output/new.txt', '/output/dir/new.txt')
+print(refused(lambda: os.symlink('/etc/passwd', '/output/abs') or open('/output/abs').read()))
+print(refused(lambda: (os.symlink('../../out/secret', '/output/dir/rel'), open('/output/dir/rel').read())))
 "#;
     let expected = "inside deeper ['a.txt', 'link', 'sub', 'up']\ninside True False\n[True, True, True, True, True, True]\nTrue True True\nTrue\nTrue\n";
     assert_eq!(print(&mut session, code).await, expected);
@@ -131,4 +131,48 @@ async fn sessions_do_not_see_each_other() {
     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     let mut reused = session();
     assert_eq!(print(&mut reused, code).await, "False [] False\n");
+}
+
+#[tokio::test]
+async fn descriptors_are_bounded_and_those_of_the_session_stay() {
+    let mut session = session();
+    let code = "
+import os
+held = []
+try:
+    for _ in range(10_000): held.append(open('/usr/local/lib/python315.zip', 'rb'))
+except OSError as e: print(len(held) <= 256, e.errno == __import__('errno').EMFILE)
+held.clear()
+for fd in range(3, 20):
+    try: os.close(fd)
+    except OSError: pass
+import wave, colorsys
+print(open('/tmp/after', 'w').write('x'), os.path.exists('/tmp'), os.listdir('/tmp'))
+";
+    assert_eq!(print(&mut session, code).await, "True True\n1 True ['after']\n");
+    // A removed file that's open still counts, and nothing moves out of the quota.
+    let code = "
+import os
+f = open('/tmp/x', 'wb', 0)
+os.unlink('/tmp/x')
+n = 0
+try:
+    while n < 1000:
+        f.write(bytes(1 << 20))
+        n += 1
+except OSError: print(n <= 64)
+f.close()
+print(open('/tmp/y', 'wb').write(bytes(60 << 20)))
+";
+    assert_eq!(print(&mut session, code).await, "True\n62914560\n");
+}
+
+#[tokio::test]
+async fn a_first_look_at_files_works() {
+    for code in
+        ["print(os.path.exists('/tmp'))", "os.mkdir('/tmp/d'); print(os.path.isdir('/tmp/d'))"]
+    {
+        let mut session = session();
+        assert_eq!(print(&mut session, &format!("import os\n{code}")).await, "True\n", "{code}");
+    }
 }

@@ -29,6 +29,8 @@ pub(super) enum ImageCommand {
     Remove(NameFlags),
     /// Read every byte of an image, or of all, and compare it with its checksum
     Verify(VerifyFlags),
+    /// Remove what no named image needs: images and compiled code of older versions
+    Prune,
 }
 
 /// The recipe of an image.
@@ -96,6 +98,11 @@ pub(super) fn run(command: ImageCommand) -> Result<Ending, Failure> {
             Ok(Ending::Done)
         }
         ImageCommand::Verify(flags) => verify(console, flags.name),
+        ImageCommand::Prune => {
+            let freed = Runtime::open(store()?)?.prune()?;
+            console.note(&format!("removed {:.1} MB", freed as f64 / 1e6));
+            Ok(Ending::Done)
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::clock::VirtualClock;
 use super::fetch::megabytes;
 use super::files::{Files, Scratch};
 use super::guest::Guest;
@@ -16,7 +17,7 @@ use super::module::CompiledGuest;
 use super::pins::pins;
 use super::recipe::Recipe;
 use super::session::{Session, Start, Turn, TurnEnd};
-use super::wasi::{self, Directories, VirtualClock};
+use super::wasi::{self, Directories};
 use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
 use crate::capture::Capture;
 use crate::environment::EnvironmentOptions;

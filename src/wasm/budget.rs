@@ -13,6 +13,9 @@ use crate::limits::{Limit, Limits, Usage};
 /// Between two slices a session can neither be stopped nor yield its thread.
 pub(crate) const SLICE_FUEL: i64 = 16_000_000;
 
+/// After this time in one go a guest that keeps calling the host has its slice cut.
+const OVERDUE: Duration = Duration::from_millis(3);
+
 /// What to do at the end of a slice or of a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -75,7 +78,10 @@ impl Budget {
     /// How far below zero the fuel global may go before a loop that nothing else can stop is ended by
     /// the guest's own check (`kaa:floor`, see `meter.rs`): what the cell has left, and the grace.
     pub(crate) fn floor(&self) -> i64 {
-        let left = self.limits.fuel.saturating_sub(self.fuel);
+        let left = match self.stop {
+            Some(_) => 0,
+            None => self.limits.fuel.saturating_sub(self.fuel),
+        };
         let left = left.saturating_sub(u64::try_from(self.granted).unwrap_or(0));
         let overdraft = left.saturating_add(self.grace_fuel());
         i64::try_from(overdraft).map_or(FLOOR_DEFAULT, |overdraft| FLOOR_DEFAULT.max(-overdraft))
@@ -83,6 +89,9 @@ impl Budget {
 
     /// The limit that a guest which ran into its floor has reached.
     pub(crate) fn limit_at_floor(&self, left: i64) -> Limit {
+        if let Some(stop) = self.stop {
+            return stop.limit;
+        }
         let spent = self.fuel.saturating_add(self.granted.saturating_sub(left).max(0) as u64);
         if spent >= self.limits.fuel { Limit::Fuel } else { Limit::Compute }
     }
@@ -96,6 +105,18 @@ impl Budget {
         }
         self.granted = self.next_grant();
         verdict
+    }
+
+    /// Whether the guest has run for longer than a slice should take: calls of the host cost it time
+    /// that no fuel measures.
+    pub(crate) fn is_overdue(&self) -> bool {
+        self.running_since.is_some_and(|since| since.elapsed() > OVERDUE)
+    }
+
+    /// Ends the slice early without charging for what is left of it; the global has to be below 0
+    /// then.
+    pub(crate) fn cut_slice(&mut self, left: i64) {
+        self.granted = self.granted.saturating_sub(left.saturating_add(1));
     }
 
     /// The guest begins to wait for something outside.
@@ -171,10 +192,15 @@ impl Budget {
     fn verdict(&self, interrupted: bool) -> Verdict {
         let compute = self.compute_so_far();
         if let Some(stop) = self.stop {
-            // Fuel decides for fuel alone, so that such a stop is as reproducible as the fuel is.
+            // After a fuel stop fuel decides, so that it's as reproducible as the fuel is; time only
+            // where it is far beyond what the fuel could have taken.
+            let spent = compute.saturating_sub(stop.compute);
             let over = match stop.limit {
-                Limit::Fuel => self.fuel - stop.fuel > self.grace_fuel(),
-                _ => compute.saturating_sub(stop.compute) > self.limits.grace,
+                Limit::Fuel => {
+                    self.fuel.saturating_sub(stop.fuel) > self.grace_fuel()
+                        || spent > self.limits.grace.saturating_mul(10)
+                }
+                _ => spent > self.limits.grace,
             };
             return if over { Verdict::HardStop } else { Verdict::Continue };
         }

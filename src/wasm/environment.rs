@@ -1,6 +1,7 @@
 //! `WasmEnvironment`: the contract on a Wasm guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use rand::RngExt;
@@ -10,10 +11,11 @@ use tokio::task::JoinHandle;
 use super::Image;
 use super::boot::{SITE, site_mount};
 use super::budget::Budget;
+use super::clock::VirtualClock;
 use super::files::{Files, Scratch};
 use super::guest::{Guest, MemoryLimit, Signal};
 use super::session::{Session, Turn, TurnEnd};
-use super::wasi::{self, Directories, VirtualClock};
+use super::wasi::{self, Directories};
 use crate::agent::{Conversation, Streams, check_name, check_tool, variables};
 use crate::capture::Capture;
 use crate::environment::{
@@ -33,7 +35,7 @@ const EXIT_ABORTED: i32 = 134;
 const QUIET_OUTPUT_BYTES: usize = 0;
 /// Limits of turns that aren't cells, such as setting a variable: the guest's own code in `repr` and
 /// `__len__` may run in them.
-const SERVICE_COMPUTE_SECONDS: u64 = 30;
+const SERVICE_TIME: Duration = Duration::from_secs(30);
 
 /// One Python session in a Wasm sandbox. Made by [`Runtime::environment`](crate::Runtime::environment).
 ///
@@ -138,10 +140,13 @@ impl WasmEnvironment {
     fn save_in_background(&mut self) {
         let state = std::mem::replace(&mut self.state, State::Lost("a checkpoint was lost".into()));
         self.state = match state {
-            State::Ready(mut session) => State::Saving(tokio::task::spawn_blocking(move || {
-                session.save()?;
-                Ok(session)
-            })),
+            State::Ready(mut session) => {
+                session.guest_mut().conversation.keep();
+                State::Saving(tokio::task::spawn_blocking(move || {
+                    session.save()?;
+                    Ok(session)
+                }))
+            }
             other => other,
         };
     }
@@ -150,8 +155,11 @@ impl WasmEnvironment {
     async fn service(&mut self, what: &str, request: Message) -> Result<Message> {
         let memory_bytes = self.options.limits.memory_bytes;
         let limits = Limits {
-            compute: std::time::Duration::from_secs(SERVICE_COMPUTE_SECONDS),
-            ..Limits::default()
+            compute: SERVICE_TIME,
+            wall: SERVICE_TIME,
+            lm_calls: 0,
+            tool_calls: 0,
+            ..self.options.limits.clone()
         };
         let sent_bytes = request.body.len();
         let turn = self.turn();
@@ -368,12 +376,13 @@ impl Environment for WasmEnvironment {
 
     async fn reset(&mut self) -> Result<()> {
         self.saved().await;
-        let Some(scratch) = &self.scratch else { return Err(Error::Closed) };
-        scratch.clear()?;
+        // All that can fail comes first: a session that can't be reset stays what it was.
+        let scratch = Scratch::new(&self.store.scratch())?;
         let signal = Arc::clone(&self.signal);
-        let guest = guest(&self.store, &self.image, &self.options, scratch, signal)?;
+        let guest = guest(&self.store, &self.image, &self.options, &scratch, signal)?;
         let session = Session::new(Arc::clone(&self.image.0.start), guest)?;
         release(std::mem::replace(&mut self.state, State::Ready(Box::new(session))));
+        self.scratch = Some(scratch);
         self.new_tools.clear();
         Ok(())
     }

@@ -5,13 +5,15 @@
 //! below it that begins with a mount's guest path goes on in the mount's own directory.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
 use crate::error::{Error, Result};
+use crate::image::is_older_than;
 
 /// The descriptor of the empty directory `/`, by which mounts are reached. Every session opens the
 /// standard library as 3, `/tmp` as 4 and this as 5.
@@ -24,47 +26,43 @@ pub(crate) const FILE_BYTES: u64 = 4 << 10;
 /// What a new directory is charged: removing a deep tree costs the host stack.
 pub(crate) const DIRECTORY_BYTES: u64 = 64 << 10;
 
+/// Descriptors that a session may have open beside those it starts with.
+const OPEN_MAX: usize = 256;
+
 /// A scratch directory, removed with its last file when it is dropped.
+///
+/// It is locked as long as its process lives, so that leftovers of dead ones can be told apart, also
+/// from within another container.
 #[derive(Debug)]
-pub(crate) struct Scratch(TempDir);
+pub(crate) struct Scratch {
+    directory: TempDir,
+    _lock: File,
+}
+
+/// Directories that are younger are left alone: they may not be locked yet.
+const LEFTOVER_AGE_MIN: Duration = Duration::from_secs(60);
 
 impl Scratch {
-    /// A new directory in `parent`, named after this process so that leftovers of dead ones can be
-    /// told apart.
+    /// A new directory in `parent`.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when it can't be made.
+    /// [`Error::Io`] when it can't be made or locked.
     pub(crate) fn new(parent: &Path) -> Result<Self> {
-        let prefix = format!("{}-", std::process::id());
-        tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).map(Self).map_err(|e| {
+        let make = || {
+            let directory = tempfile::Builder::new().tempdir_in(parent)?;
+            let lock = File::open(directory.path())?;
+            lock.lock()?;
+            Ok(Self { directory, _lock: lock })
+        };
+        make().map_err(|e| {
             Error::io(format!("making a scratch directory in {}", parent.display()), e)
         })
     }
 
     /// The directory.
     pub(crate) fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    /// Removes what is in it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] when something resists.
-    pub(crate) fn clear(&self) -> Result<()> {
-        let context = || format!("clearing the scratch directory {}", self.path().display());
-        for entry in fs::read_dir(self.path()).map_err(|e| Error::io(context(), e))? {
-            let entry = entry.map_err(|e| Error::io(context(), e))?;
-            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let removed = if is_dir {
-                fs::remove_dir_all(entry.path())
-            } else {
-                fs::remove_file(entry.path())
-            };
-            removed.map_err(|e| Error::io(context(), e))?;
-        }
-        Ok(())
+        self.directory.path()
     }
 
     /// Removes the directory and reports what resists, which dropping can't.
@@ -74,22 +72,18 @@ impl Scratch {
     /// [`Error::Io`] when something resists.
     pub(crate) fn close(self) -> Result<()> {
         let path = self.path().to_owned();
-        self.0.close().map_err(|e| Error::io(format!("removing {}", path.display()), e))
+        self.directory.close().map_err(|e| Error::io(format!("removing {}", path.display()), e))
     }
 }
 
-/// Removes scratch directories of processes that are no more.
+/// Removes scratch directories that no living process has locked.
 pub(crate) fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let owner = name.to_str().and_then(|name| name.split_once('-')?.0.parse::<i32>().ok());
-        let alive = owner.and_then(rustix::process::Pid::from_raw).is_none_or(|pid| {
-            !matches!(rustix::process::test_kill_process(pid), Err(rustix::io::Errno::SRCH))
-        });
-        if !alive {
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let unlocked = File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
+        if unlocked && is_older_than(&path, LEFTOVER_AGE_MIN) {
             // Somebody else may be removing it too; what stays is found by the next start.
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = fs::remove_dir_all(path);
         }
     }
 }
@@ -112,6 +106,15 @@ pub(crate) struct Files {
     /// What was ever written to mounts.
     mount_bytes: u64,
     mount_fds: HashSet<u32>,
+    /// Descriptors that the guest opened and didn't close.
+    open: HashSet<u32>,
+    /// Those of them that the checkpoint's memory knows.
+    kept: HashSet<u32>,
+    /// Whether a file was removed while some were open: a removed file keeps its bytes until it's
+    /// closed.
+    orphans: bool,
+    /// The first descriptor that the guest itself can open.
+    first_own_fd: u32,
     routes: Vec<Route>,
     /// Where in the guest's memory a `.` stands, the name of a mount's own directory.
     dot: u32,
@@ -132,6 +135,10 @@ impl Files {
             scratch_bytes: 0,
             mount_bytes: 0,
             mount_fds: routes.iter().map(|route| route.fd).collect(),
+            open: HashSet::new(),
+            kept: HashSet::new(),
+            orphans: false,
+            first_own_fd: FIRST_MOUNT_FD + mounts.len() as u32,
             routes,
             dot,
         }
@@ -143,27 +150,79 @@ impl Files {
             files.scratch_bytes.saturating_add(files.mount_bytes).saturating_add(bytes)
         };
         if wanted(self) > self.bytes_max {
-            // The account only grows while the guest also removes and overwrites: count anew.
-            self.scratch_bytes = used_bytes(&self.scratch).unwrap_or(self.scratch_bytes);
+            // The account only grows while the guest also removes and overwrites: count anew, unless
+            // there may be files that nothing lists any more.
+            if !self.orphans {
+                self.scratch_bytes = used_bytes(&self.scratch).unwrap_or(self.scratch_bytes);
+            }
             if wanted(self) > self.bytes_max {
                 return false;
             }
         }
         if self.mount_fds.contains(&fd) {
-            self.mount_bytes += bytes;
+            self.mount_bytes = self.mount_bytes.saturating_add(bytes);
         } else {
-            self.scratch_bytes += bytes;
+            self.scratch_bytes = self.scratch_bytes.saturating_add(bytes);
         }
         true
     }
 
+    /// Whether the guest may open one more: descriptors are the host's, and shared by all sessions.
+    pub(crate) fn may_open(&self) -> bool {
+        self.open.len() < OPEN_MAX
+    }
+
     /// Notes that `opened` was opened through `directory`.
     pub(crate) fn opened(&mut self, directory: u32, opened: u32) {
+        self.open.insert(opened);
         if self.mount_fds.contains(&directory) {
             self.mount_fds.insert(opened);
         } else {
             self.mount_fds.remove(&opened);
         }
+    }
+
+    /// Whether a descriptor is the guest's own, and not one that every session starts with: those
+    /// stay, since a session that is rolled back counts on them.
+    pub(crate) fn is_own(&self, fd: u32) -> bool {
+        fd >= self.first_own_fd
+    }
+
+    /// Notes that the guest closed a descriptor of its own.
+    pub(crate) fn closed(&mut self, fd: u32) {
+        self.open.remove(&fd);
+        self.mount_fds.remove(&fd);
+        self.orphans &= !self.open.is_empty();
+    }
+
+    /// Notes that the guest gave a descriptor another number.
+    pub(crate) fn renumbered(&mut self, from: u32, to: u32) {
+        let is_mount = self.mount_fds.contains(&from);
+        self.closed(from);
+        self.open.insert(to);
+        if is_mount {
+            self.mount_fds.insert(to);
+        }
+    }
+
+    /// Notes that a checkpoint is taken.
+    pub(crate) fn keep(&mut self) {
+        self.kept.clone_from(&self.open);
+    }
+
+    /// The descriptors that were opened since the last checkpoint.
+    pub(crate) fn since_checkpoint(&self) -> Vec<u32> {
+        self.open.difference(&self.kept).copied().collect()
+    }
+
+    /// Notes that a name was removed or replaced.
+    pub(crate) fn removed(&mut self) {
+        self.orphans |= !self.open.is_empty();
+    }
+
+    /// Whether two directories are charged differently: nothing may move between them.
+    pub(crate) fn are_apart(&self, one: u32, other: u32) -> bool {
+        self.mount_fds.contains(&one) != self.mount_fds.contains(&other)
     }
 
     /// Where a path goes on: descriptor, and address and length of the rest of the path.
@@ -247,17 +306,37 @@ mod tests {
         assert!(files.reserve(9, 90_000));
         fs::write(scratch.path().join("f"), vec![1; 80_000]).unwrap();
         assert!(!files.reserve(9, 90_000));
-        scratch.clear().unwrap();
+        fs::remove_file(scratch.path().join("f")).unwrap();
         assert!(files.reserve(9, 90_000));
     }
 
     #[test]
-    fn leftovers_of_dead_processes_are_removed() {
+    fn removed_files_that_are_open_still_count() {
         let parent = tempfile::tempdir().unwrap();
-        let dead = parent.path().join("2147483646-x");
+        let scratch = Scratch::new(parent.path()).unwrap();
+        let mut files = Files::new(scratch.path(), 100_000, &[], 0);
+        files.opened(4, 9);
+        files.removed();
+        assert!(files.reserve(9, 90_000));
+        assert!(!files.reserve(9, 90_000));
+        files.closed(9);
+        assert!(files.reserve(9, 90_000));
+    }
+
+    #[test]
+    fn leftovers_that_nobody_has_locked_are_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let old = |path: &Path| {
+            let long_ago = std::time::SystemTime::now() - 2 * LEFTOVER_AGE_MIN;
+            File::open(path).unwrap().set_modified(long_ago).unwrap();
+        };
+        let (dead, young) = (parent.path().join("dead"), parent.path().join("young"));
         let alive = Scratch::new(parent.path()).unwrap();
         fs::create_dir(&dead).unwrap();
+        fs::create_dir(&young).unwrap();
+        old(&dead);
+        old(alive.path());
         remove_leftovers(parent.path());
-        assert!(!dead.exists() && alive.path().exists());
+        assert!(!dead.exists() && young.exists() && alive.path().exists());
     }
 }

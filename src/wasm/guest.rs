@@ -17,8 +17,8 @@ use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::p1::WasiP1Ctx;
 
 use super::budget::{Budget, Verdict};
+use super::clock::VirtualClock;
 use super::files::Files;
-use super::wasi::VirtualClock;
 use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
@@ -26,7 +26,9 @@ use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
 
 /// Bytes that cost one unit of fuel when the host moves them for the guest.
-const BYTES_PER_FUEL: u64 = 16;
+const BYTES_PER_FUEL: u64 = 1;
+/// Fuel of a call of the host, beside the bytes: about half a microsecond.
+const CALL_FUEL: i64 = 8_000;
 /// `SIGINT`, the signal that stands for a soft stop.
 const SIGINT: i32 = 2;
 /// Answers of `host.call`: done, and a fault of the host.
@@ -259,12 +261,19 @@ async fn soft_stop(caller: &mut Caller<'_, Guest>, limit: Limit) -> wasmtime::Re
     Ok(())
 }
 
-/// Charges fuel for bytes that the host moves. The next check of the guest notices.
-pub(crate) fn charge_bytes(caller: &mut Caller<'_, Guest>, bytes: u64) -> wasmtime::Result<()> {
+/// Charges fuel for a call of the host that moves so many bytes, and ends the slice when it has
+/// taken too long: calls take time that fuel doesn't show. The next check of the guest notices.
+pub(crate) fn charge_call(caller: &mut Caller<'_, Guest>, bytes: u64) -> wasmtime::Result<()> {
     if let Some(fuel) = caller.data().handles()?.fuel {
-        let left = fuel.get(&mut *caller).i64().unwrap_or(0);
+        let mut left = fuel.get(&mut *caller).i64().unwrap_or(0);
         let cost = i64::try_from(bytes / BYTES_PER_FUEL).unwrap_or(i64::MAX);
-        fuel.set(&mut *caller, Val::I64(left.saturating_sub(cost)))?;
+        left = left.saturating_sub(cost.saturating_add(CALL_FUEL));
+        let budget = &mut caller.data_mut().budget;
+        if left >= 0 && budget.is_overdue() {
+            budget.cut_slice(left);
+            left = -1;
+        }
+        fuel.set(&mut *caller, Val::I64(left))?;
     }
     Ok(())
 }
@@ -310,7 +319,7 @@ async fn call(
     out_ptr: u32,
     out_len: u32,
 ) -> wasmtime::Result<i32> {
-    charge_bytes(&mut caller, len.into())?;
+    charge_call(&mut caller, len.into())?;
     let memory = caller.data().handles()?.memory;
     let (bytes, guest) = memory.data_and_store_mut(&mut caller);
     let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
@@ -339,7 +348,7 @@ async fn put(caller: &mut Caller<'_, Guest>, bytes: &[u8]) -> wasmtime::Result<O
     if bytes.is_empty() {
         return Ok(Some(0));
     }
-    charge_bytes(caller, bytes.len() as u64)?;
+    charge_call(caller, bytes.len() as u64)?;
     let handles = caller.data().handles()?;
     let address = if bytes.len() > REPLY_BYTES_MAX {
         0

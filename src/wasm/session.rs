@@ -12,6 +12,7 @@ use super::budget::Budget;
 use super::guest::{Guest, Halt, Handles};
 use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
 use super::memory::{MemoryImage, Slot, with_slot};
+use super::wasi::close_since_checkpoint;
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
 use crate::limits::{Limits, Usage};
@@ -251,6 +252,7 @@ impl Session {
     pub(crate) fn save(&mut self) -> Result<()> {
         let written = self.slot.written();
         let store = self.store.as_mut().expect("a session has a store between its methods");
+        store.data_mut().files.keep();
         let handles = store.data().handles.clone().expect("an instance has handles");
         self.checkpoint.globals =
             handles.globals.iter().map(|global| global.get(&mut *store)).collect();
@@ -280,6 +282,7 @@ impl Session {
     ///
     /// When the system refuses a mapping; the session is lost then.
     pub(crate) fn roll_back(&mut self) -> Result<()> {
+        close_since_checkpoint(self.guest_mut());
         let (image, bytes) = (Arc::clone(self.slot.image()), self.checkpoint.bytes);
         self.rebuild(&image, bytes)?;
         let checkpoint = &self.checkpoint;
@@ -462,5 +465,44 @@ fn bits_of(value: Val) -> u64 {
         Val::F32(bits) => u64::from(bits),
         Val::F64(bits) => bits,
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::environment::{EnvironmentExt, EnvironmentOptions};
+    use crate::image::Store;
+    use crate::wasm::Runtime;
+
+    #[tokio::test]
+    async fn nothing_of_a_tenant_is_left_in_a_recycled_instance() {
+        let root = std::env::var_os("KAA_CACHE").map_or_else(
+            || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
+            Into::into,
+        );
+        let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
+        let image = runtime.image("base", &|_| {}).unwrap();
+        let mut tenant = runtime.environment(&image, EnvironmentOptions::default()).unwrap();
+        let secrets = "import json\njson.secret = 'hunter2'\nx = ['hunter2' * n for n in range(50)]\n\
+                       def f(n): return f(n - 1) if n else x\nf(100)\nopen('/tmp/f', 'w').write('s')";
+        assert!(tenant.execute(secrets).await.unwrap().exception.is_none());
+        drop(tenant);
+        let start = &image.0.start;
+        for _ in 0..1000 {
+            if !start.idle().is_empty() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let mut idle = start.idle().pop().expect("the instance is used again");
+        let handles = idle.store.data().handles.clone().unwrap();
+        let memory = handles.memory.data(&idle.store);
+        assert_eq!(memory.len(), start.memory.bytes());
+        start.memory.differing(memory, |range| panic!("{range:?} is not as in the image"));
+        for (record, global) in start.globals.iter().zip(&handles.globals) {
+            assert_eq!(super::bits_of(global.get(&mut idle.store)), record.bits);
+        }
     }
 }

@@ -2,27 +2,33 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
+use futures_util::FutureExt;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use wasmtime::{Caller, Linker, Result};
-use wasmtime_wasi::p1::{self, WasiP1Ctx, wasi_snapshot_preview1 as preview1};
-use wasmtime_wasi::{FsPerms, HostMonotonicClock, HostWallClock, WasiCtxBuilder};
+use wasmtime_wasi::p1::wasi_snapshot_preview1::{self as preview1, WasiSnapshotPreview1};
+use wasmtime_wasi::p1::{self, WasiP1Ctx};
+use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
 use wiggle::GuestMemory;
 
+use super::clock::{VirtualClock, VirtualMonotonicClock, VirtualWallClock, poll_oneoff};
 use super::files::{DIRECTORY_BYTES, FILE_BYTES};
-use super::guest::{Guest, charge_bytes, guest_slice, read_u32, wait_outside, write_u32};
+use super::guest::{Guest, charge_call, guest_slice, read_u32, write_u32};
 use crate::error::Error;
-use crate::policy::{Clock, Policy};
+use crate::policy::Policy;
 
 const MODULE: &str = "wasi_snapshot_preview1";
 /// Error numbers of WASI preview 1 (`typenames.witx`, `errno`).
-const ERRNO_SUCCESS: i32 = 0;
-const ERRNO_FAULT: i32 = 21;
-const ERRNO_INVAL: i32 = 28;
+pub(super) const ERRNO_SUCCESS: i32 = 0;
+pub(super) const ERRNO_FAULT: i32 = 21;
+pub(super) const ERRNO_INVAL: i32 = 28;
+const ERRNO_MFILE: i32 = 33;
 const ERRNO_NOSPC: i32 = 51;
+const ERRNO_PERM: i32 = 63;
+const ERRNO_XDEV: i32 = 75;
+/// Bytes that one call may make the host copy.
+const HOSTCALL_BYTES_MAX: usize = 128 << 20;
 /// Buffers that one `fd_write` may name; POSIX asks for at least 16 (`IOV_MAX`).
 const IOVECS_MAX: u32 = 1024;
 /// `oflags.creat` of `path_open`.
@@ -81,63 +87,16 @@ pub(crate) fn context(
     Ok(builder.build_p1())
 }
 
-/// A clock of the session's own: see [`Clock::Fixed`].
-#[derive(Debug)]
-pub(crate) struct VirtualClock {
-    start_ns: u64,
-    elapsed_ns: AtomicU64,
-}
-
-/// What each reading of a [`VirtualClock`] adds, so that loops that wait for time to pass end.
-const READING_NS: u64 = 1_000;
-
-impl VirtualClock {
-    /// The session's clock, if the policy wants one of its own.
-    pub(crate) fn new(clock: Clock) -> Option<Arc<Self>> {
-        match clock {
-            Clock::Real => None,
-            Clock::Fixed(start_ns) => {
-                Some(Arc::new(Self { start_ns, elapsed_ns: AtomicU64::new(0) }))
-            }
-        }
-    }
-
-    fn advance(&self, ns: u64) -> u64 {
-        let step = |now: u64| Some(now.saturating_add(ns));
-        self.elapsed_ns.fetch_update(Ordering::AcqRel, Ordering::Acquire, step).unwrap_or(u64::MAX)
-    }
-}
-
-struct VirtualWallClock(Arc<VirtualClock>);
-
-impl HostWallClock for VirtualWallClock {
-    fn resolution(&self) -> Duration {
-        Duration::from_nanos(READING_NS)
-    }
-
-    fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.start_ns.saturating_add(self.0.advance(READING_NS)))
-    }
-}
-
-struct VirtualMonotonicClock(Arc<VirtualClock>);
-
-impl HostMonotonicClock for VirtualMonotonicClock {
-    fn resolution(&self) -> u64 {
-        READING_NS
-    }
-
-    fn now(&self) -> u64 {
-        self.0.advance(READING_NS)
-    }
-}
-
-/// The guest's memory and wasmtime-wasi's context, borrowed together.
-fn parts<'caller>(
+/// The guest's memory and wasmtime-wasi's context, borrowed together for one call, which is charged.
+pub(super) fn parts<'caller>(
     caller: &'caller mut Caller<'_, Guest>,
 ) -> Result<(GuestMemory<'caller>, &'caller mut Guest)> {
+    charge_call(caller, 0)?;
     let memory = caller.data().handles()?.memory;
     let (bytes, guest) = memory.data_and_store_mut(caller);
+    // The functions of wasmtime-wasi count what they copy against this; its own linker sets it anew
+    // before every call.
+    WasiSnapshotPreview1::set_hostcall_fuel(&mut guest.wasi, HOSTCALL_BYTES_MAX);
     Ok((GuestMemory::Unshared(bytes), guest))
 }
 
@@ -162,6 +121,8 @@ fn route(caller: &mut Caller<'_, Guest>, fd: i32, ptr: i32, len: i32) -> Result<
 pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
     p1::add_to_linker_async(linker, |guest: &mut Guest| &mut guest.wasi)?;
     linker.allow_shadowing(true);
+    add_reads(linker)?;
+    add_descriptors(linker)?;
     add_writes(linker)?;
     add_path_changes(linker)?;
     add_path_queries(linker)?;
@@ -174,6 +135,98 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
         },
     )?;
     linker.allow_shadowing(false);
+    Ok(())
+}
+
+/// Functions that are only charged: what they cost the host is time.
+fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "fd_read",
+        |mut caller: Caller<'_, Guest>, (fd, iovs, count, out): (i32, i32, i32, i32)| {
+            Box::new(async move {
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_read(&mut guest.wasi, &mut memory, fd, iovs, count, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_pread",
+        |mut caller: Caller<'_, Guest>, (fd, iovs, count, at, out): (i32, i32, i32, i64, i32)| {
+            Box::new(async move {
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_pread(&mut guest.wasi, &mut memory, fd, iovs, count, at, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_readdir",
+        |mut caller: Caller<'_, Guest>, (fd, buf, len, cookie, out): (i32, i32, i32, i64, i32)| {
+            Box::new(async move {
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_readdir(&mut guest.wasi, &mut memory, fd, buf, len, cookie, out).await
+            })
+        },
+    )?;
+    linker.func_wrap(
+        MODULE,
+        "random_get",
+        |mut caller: Caller<'_, Guest>, buf: i32, len: i32| -> Result<i32> {
+            charge_call(&mut caller, u64::from(len as u32))?;
+            let (mut memory, guest) = parts(&mut caller)?;
+            preview1::random_get(&mut guest.wasi, &mut memory, buf, len)
+        },
+    )?;
+    Ok(())
+}
+
+/// Functions that open, close and renumber descriptors: the account follows them, and those that every
+/// session starts with stay.
+fn add_descriptors(linker: &mut Linker<Guest>) -> Result<()> {
+    linker.func_wrap_async(
+        MODULE,
+        "path_open",
+        |caller: Caller<'_, Guest>, args: (i32, i32, i32, i32, i32, i64, i64, i32, i32)| {
+            Box::new(path_open(caller, args))
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_close",
+        |mut caller: Caller<'_, Guest>, (fd,): (i32,)| {
+            Box::new(async move {
+                if !caller.data().files.is_own(fd as u32) {
+                    return Ok(ERRNO_PERM);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                let errno = preview1::fd_close(&mut guest.wasi, &mut memory, fd).await?;
+                if errno == ERRNO_SUCCESS {
+                    guest.files.closed(fd as u32);
+                }
+                Ok(errno)
+            })
+        },
+    )?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_renumber",
+        |mut caller: Caller<'_, Guest>, (from, to): (i32, i32)| {
+            Box::new(async move {
+                let files = &caller.data().files;
+                if !files.is_own(from as u32) || !files.is_own(to as u32) {
+                    return Ok(ERRNO_PERM);
+                }
+                let (mut memory, guest) = parts(&mut caller)?;
+                let errno = preview1::fd_renumber(&mut guest.wasi, &mut memory, from, to).await?;
+                if errno == ERRNO_SUCCESS {
+                    guest.files.renumbered(from as u32, to as u32);
+                }
+                Ok(errno)
+            })
+        },
+    )?;
     Ok(())
 }
 
@@ -193,7 +246,7 @@ fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
                 let Some(bytes) = written_bytes(&mut caller, iovs, count)? else {
                     return Ok(ERRNO_FAULT);
                 };
-                charge_bytes(&mut caller, bytes)?;
+                charge_call(&mut caller, bytes)?;
                 if !caller.data_mut().files.reserve(fd as u32, bytes) {
                     return Ok(ERRNO_NOSPC);
                 }
@@ -250,7 +303,7 @@ async fn fd_write(
     out: i32,
 ) -> Result<i32> {
     let Some(bytes) = written_bytes(&mut caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
-    charge_bytes(&mut caller, bytes)?;
+    charge_call(&mut caller, bytes)?;
     if !matches!(fd, 1 | 2) {
         if !caller.data_mut().files.reserve(fd as u32, bytes) {
             return Ok(ERRNO_NOSPC);
@@ -277,13 +330,6 @@ async fn fd_write(
 
 /// Functions of one path that change something: routed, and charged when they make something.
 fn add_path_changes(linker: &mut Linker<Guest>) -> Result<()> {
-    linker.func_wrap_async(
-        MODULE,
-        "path_open",
-        |caller: Caller<'_, Guest>, args: (i32, i32, i32, i32, i32, i64, i64, i32, i32)| {
-            Box::new(path_open(caller, args))
-        },
-    )?;
     linker.func_wrap_async(
         MODULE,
         "path_create_directory",
@@ -339,6 +385,7 @@ fn add_path_changes(linker: &mut Linker<Guest>) -> Result<()> {
         |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
             Box::new(async move {
                 let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+                caller.data_mut().files.removed();
                 let (mut memory, guest) = parts(&mut caller)?;
                 preview1::path_unlink_file(&mut guest.wasi, &mut memory, fd, ptr, len).await
             })
@@ -392,6 +439,9 @@ async fn path_open(
     ),
 ) -> Result<i32> {
     let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
+    if !caller.data().files.may_open() {
+        return Ok(ERRNO_MFILE);
+    }
     if oflags & OFLAGS_CREAT != 0 && !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
         return Ok(ERRNO_NOSPC);
     }
@@ -430,6 +480,11 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
             Box::new(async move {
                 let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
                 let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
+                let files = &mut caller.data_mut().files;
+                if files.are_apart(fd as u32, to_fd as u32) {
+                    return Ok(ERRNO_XDEV);
+                }
+                files.removed();
                 let (mut memory, guest) = parts(&mut caller)?;
                 let wasi = &mut guest.wasi;
                 preview1::path_rename(wasi, &mut memory, fd, ptr, len, to_fd, to_ptr, to_len).await
@@ -444,6 +499,9 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
             Box::new(async move {
                 let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
                 let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
+                if caller.data().files.are_apart(fd as u32, to_fd as u32) {
+                    return Ok(ERRNO_XDEV);
+                }
                 if !caller.data_mut().files.reserve(to_fd as u32, FILE_BYTES) {
                     return Ok(ERRNO_NOSPC);
                 }
@@ -473,104 +531,13 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
     Ok(())
 }
 
-/// Size of a subscription and of an event (`typenames.witx`), and offsets in them.
-const SUBSCRIPTION_BYTES: usize = 48;
-const EVENT_BYTES: usize = 32;
-const SUBSCRIPTION_TAG: usize = 8;
-const SUBSCRIPTION_CLOCK: usize = 16;
-const SUBSCRIPTION_TIMEOUT: usize = 24;
-const SUBSCRIPTION_FLAGS: usize = 40;
-/// `subclockflags.subscription_clock_abstime`.
-const FLAG_ABSTIME: u8 = 1;
-/// Subscriptions that one poll may hold; wasmtime-wasi allocates for each.
-const SUBSCRIPTIONS_MAX: u32 = 1024;
-
-/// `poll_oneoff`, which is how Python sleeps: limits reach it, and a virtual clock doesn't wait.
-///
-/// A poll with a descriptor in it is left to wasmtime-wasi: files and streams are always ready, so
-/// that it answers at once.
-async fn poll_oneoff(
-    mut caller: Caller<'_, Guest>,
-    subs: i32,
-    events: i32,
-    count: i32,
-    out: i32,
-) -> Result<i32> {
-    if !(1..=SUBSCRIPTIONS_MAX).contains(&(count as u32)) {
-        return Ok(ERRNO_INVAL);
+/// Closes what the guest opened since its checkpoint: nothing in the memory that it goes back to
+/// knows these descriptors.
+pub(crate) fn close_since_checkpoint(guest: &mut Guest) {
+    for fd in guest.files.since_checkpoint() {
+        let mut nothing = GuestMemory::Unshared(&mut []);
+        // Closing waits for nothing.
+        let _ = preview1::fd_close(&mut guest.wasi, &mut nothing, fd as i32).now_or_never();
+        guest.files.closed(fd);
     }
-    let memory = caller.data().handles()?.memory;
-    let length = count as u32 * SUBSCRIPTION_BYTES as u32;
-    let Some(all) = guest_slice(memory.data(&caller), subs as u32, length).map(<[u8]>::to_vec)
-    else {
-        return Ok(ERRNO_FAULT);
-    };
-    let mut first: Option<(u64, &[u8])> = None;
-    for subscription in all.chunks_exact(SUBSCRIPTION_BYTES) {
-        if subscription[SUBSCRIPTION_TAG] != 0 {
-            let (mut memory, guest) = parts(&mut caller)?;
-            return preview1::poll_oneoff(&mut guest.wasi, &mut memory, subs, events, count, out)
-                .await;
-        }
-        let Some(ns) = sleep_ns(&mut caller, subscription, events)? else { return Ok(ERRNO_INVAL) };
-        if first.is_none_or(|(least, _)| ns < least) {
-            first = Some((ns, subscription));
-        }
-    }
-    let Some((ns, subscription)) = first else { return Ok(ERRNO_INVAL) };
-    match caller.data().clock.clone() {
-        Some(clock) => {
-            clock.advance(ns);
-        }
-        None => {
-            let sleep = tokio::time::sleep(Duration::from_nanos(ns));
-            // Woken early by a stop, the sleep looks complete; the exception comes right after.
-            wait_outside(&mut caller, sleep).await?;
-        }
-    }
-    write_clock_event(&mut caller, subscription, events, out)
-}
-
-/// How long a clock subscription sleeps. `scratch` is where the guest expects events, free until
-/// one is written. `None` for a clock that doesn't exist.
-fn sleep_ns(
-    caller: &mut Caller<'_, Guest>,
-    subscription: &[u8],
-    scratch: i32,
-) -> Result<Option<u64>> {
-    let word = |at: usize| subscription[at..at + 8].try_into().expect("eight bytes");
-    let timeout = u64::from_le_bytes(word(SUBSCRIPTION_TIMEOUT));
-    if subscription[SUBSCRIPTION_FLAGS] & FLAG_ABSTIME == 0 {
-        return Ok(Some(timeout));
-    }
-    let clock = i32::from_le_bytes(
-        subscription[SUBSCRIPTION_CLOCK..SUBSCRIPTION_CLOCK + 4].try_into().expect("four bytes"),
-    );
-    let (mut memory, guest) = parts(caller)?;
-    let errno = preview1::clock_time_get(&mut guest.wasi, &mut memory, clock, 0, scratch)?;
-    if errno != ERRNO_SUCCESS {
-        return Ok(None);
-    }
-    let memory = caller.data().handles()?.memory;
-    let now = guest_slice(memory.data(&*caller), scratch as u32, 8);
-    let now = now.map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
-    Ok(now.map(|now| timeout.saturating_sub(now)))
-}
-
-/// Writes the one event "the clock of this subscription has come".
-fn write_clock_event(
-    caller: &mut Caller<'_, Guest>,
-    subscription: &[u8],
-    events: i32,
-    out: i32,
-) -> Result<i32> {
-    let memory = caller.data().handles()?.memory;
-    let bytes = memory.data_mut(caller);
-    let start = events as u32 as usize;
-    let Some(event) = bytes.get_mut(start..start.saturating_add(EVENT_BYTES)) else {
-        return Ok(ERRNO_FAULT);
-    };
-    event.fill(0);
-    event[..8].copy_from_slice(&subscription[..8]);
-    Ok(if write_u32(bytes, out as u32, 1) { ERRNO_SUCCESS } else { ERRNO_FAULT })
 }
