@@ -84,12 +84,13 @@ fn fresh(c: &mut Criterion, runtime: &Runtime, tokio: &tokio::runtime::Runtime) 
                             black_box(session.execute(cell).await.unwrap());
                             total += start.elapsed();
                             // Kept, so that its instance can't be used again; bounded, as memory is.
-                            let mut held = held.lock().unwrap();
-                            held.push(session);
-                            if held.len() > 300 {
-                                held.clear();
+                            {
+                                let mut held = held.lock().unwrap();
+                                held.push(session);
+                                if held.len() > 300 {
+                                    held.clear();
+                                }
                             }
-                            drop(held);
                             pause().await;
                         }
                         total

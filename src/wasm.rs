@@ -311,7 +311,9 @@ impl Runtime {
                 let memory = guests.compiled.memory()?;
                 let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
                 let globals = manifest.globals.clone();
-                let start = Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
+                let (engine, pre) = (self.engine.clone(), guests.pre.clone());
+                let start =
+                    Start::new(engine, pre, memory, globals, guests.compiled.manifest.fixed_tables);
                 Parent { start: Arc::new(start), manifest: None }
             }
         };
@@ -331,7 +333,8 @@ impl Runtime {
         }
         let memory = boot::open_memory(&self.store.image(&manifest.key), manifest.memory_bytes)?;
         let globals = manifest.globals.clone();
-        let start = Start::new(self.engine.clone(), guests.pre.clone(), memory, globals);
+        let (engine, pre) = (self.engine.clone(), guests.pre.clone());
+        let start = Start::new(engine, pre, memory, globals, guests.compiled.manifest.fixed_tables);
         let key = manifest.key.clone();
         let image = Image(Arc::new(ImageInner { manifest, start: Arc::new(start), guests }));
         self.loaded().images.insert(key, image.clone());

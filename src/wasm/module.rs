@@ -21,7 +21,7 @@ use crate::image::{
 };
 
 /// Bumped when the rewriting of the module changes what comes out of it.
-const REWRITE_VERSION: u32 = 3;
+const REWRITE_VERSION: u32 = 4;
 const MANIFEST: &str = "module.json";
 const ARTIFACT: &str = "python.cwasm";
 const MEMORY: &str = "memory.bin";
@@ -38,6 +38,8 @@ pub(crate) struct ModuleManifest {
     pub(crate) memory_bytes: u64,
     /// Its mutable globals, as they are before the guest has run.
     pub(crate) globals: Vec<GlobalRecord>,
+    /// Whether memory and globals are all that an instance can change: nothing writes to a table.
+    pub(crate) fixed_tables: bool,
     files: Vec<FileRecord>,
 }
 
@@ -169,6 +171,7 @@ pub(crate) fn build(
         key: key.clone(),
         memory_bytes: memory_bytes as u64,
         globals: initial_globals(&rewritten.module)?,
+        fixed_tables: !writes_tables(&rewritten.module)?,
         files,
     };
     write_json(&at(MANIFEST), &manifest)?;
@@ -208,6 +211,33 @@ fn initial_globals(module: &[u8]) -> Result<Vec<GlobalRecord>> {
             }
         }
         Ok(records)
+    };
+    parse().map_err(|e| Error::Internal(format!("reading the rewritten module: {e}")))
+}
+
+/// Whether any function of a module has an operator that changes a table.
+fn writes_tables(module: &[u8]) -> Result<bool> {
+    use wasmparser::Operator::{TableCopy, TableFill, TableGrow, TableInit, TableSet};
+
+    let parse = || -> Result<bool, wasmparser::BinaryReaderError> {
+        for payload in wasmparser::Parser::new(0).parse_all(module) {
+            let wasmparser::Payload::CodeSectionEntry(body) = payload? else { continue };
+            let mut operators = body.get_operators_reader()?;
+            while !operators.eof() {
+                let writes = matches!(
+                    operators.read()?,
+                    TableSet { .. }
+                        | TableFill { .. }
+                        | TableCopy { .. }
+                        | TableInit { .. }
+                        | TableGrow { .. }
+                );
+                if writes {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     };
     parse().map_err(|e| Error::Internal(format!("reading the rewritten module: {e}")))
 }

@@ -28,6 +28,8 @@ pub(crate) struct Start {
     pub(crate) module: InstancePre<Guest>,
     pub(crate) memory: Arc<MemoryImage>,
     pub(crate) globals: Vec<GlobalRecord>,
+    /// Whether memory and globals are all that an instance changes.
+    reusable: bool,
     idle: Mutex<Vec<Idle>>,
 }
 
@@ -47,8 +49,9 @@ impl Start {
         module: InstancePre<Guest>,
         memory: Arc<MemoryImage>,
         globals: Vec<GlobalRecord>,
+        reusable: bool,
     ) -> Self {
-        Self { engine, module, memory, globals, idle: Mutex::default() }
+        Self { engine, module, memory, globals, reusable, idle: Mutex::default() }
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
@@ -132,16 +135,16 @@ impl Session {
     /// Ends the session and keeps its instance for another, if its memory can be made the image
     /// again: every page that was written is copied back, and so are the globals.
     ///
-    /// What the instance holds beside its memory doesn't carry anything over: the table never
-    /// changes (the module has no operator that writes to it), and the engine's heap of exceptions
-    /// can't be read by the guest.
+    /// What the instance holds beside its memory doesn't carry anything over: a module that writes to
+    /// a table isn't used again, and the engine's heap of exceptions can't be read by the guest.
     pub(crate) fn recycle(mut self) {
         let Some(mut store) = self.store.take() else { return };
         let Some(handles) = store.data().handles.clone() else { return };
         let image = Arc::clone(self.slot.image());
         let grown = handles.memory.data_size(&store) != image.bytes()
             || !Arc::ptr_eq(&image, &self.start.memory);
-        if grown || store.data().running || self.start.idle().len() >= IDLE_MAX {
+        let unfit = grown || !self.start.reusable;
+        if unfit || store.data().running || self.start.idle().len() >= IDLE_MAX {
             return;
         }
         let Ok(written) = self.slot.written() else { return };
