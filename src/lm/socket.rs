@@ -107,7 +107,7 @@ impl SocketHandler {
     /// use std::time::Duration;
     /// use kaa::lm::SocketHandler;
     ///
-    /// # fn main() -> kaa::error::Result<()> {
+    /// # fn main() -> kaa::Result<()> {
     /// let handler = SocketHandler::new("127.0.0.1:4242")?.with_timeout(Duration::from_secs(20));
     /// # Ok(())
     /// # }
@@ -124,7 +124,7 @@ impl SocketHandler {
     /// ```
     /// use kaa::lm::SocketHandler;
     ///
-    /// # fn main() -> kaa::error::Result<()> {
+    /// # fn main() -> kaa::Result<()> {
     /// let handler = SocketHandler::new("127.0.0.1:4242")?.with_reply_bytes_max(1 << 20);
     /// # Ok(())
     /// # }
