@@ -1,7 +1,8 @@
 //! Makes an image: starts a guest, lets it import and set up, and saves its memory.
 //!
-//! An image is a function of what it is made from: the guest boots with a fixed clock and a fixed
-//! seed, so that the same recipe gives the same bytes on every machine, string hashes included.
+//! The guest boots with a fixed clock and a fixed seed, so that what its code can compute, string hashes
+//! included, is the same in every image of a recipe. The bytes are not: numbers of host files that it
+//! looked at (inodes, times) stay behind in unused memory.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
