@@ -5,6 +5,9 @@
 //! workload's own clock inside Python; the least of all rounds counts, and ratios are geometric
 //! means over the parts.
 
+#[path = "../tests/common/mod.rs"]
+mod common;
+
 use std::collections::BTreeMap;
 use std::process::Command;
 
@@ -49,10 +52,7 @@ fn ratio(a: &Times, b: &Times) -> f64 {
 
 fn main() {
     let rounds = std::env::args().filter_map(|arg| arg.parse().ok()).next().unwrap_or(7);
-    let root = std::env::var_os("KAA_CACHE").map_or_else(
-        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
-        Into::into,
-    );
+    let root = common::store_root();
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let kinds = [Metering::Off, Metering::Kaa, Metering::WasmtimeFuel];
     let runtimes = kinds.map(|kind| {

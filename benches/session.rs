@@ -3,6 +3,9 @@
 //! `cargo bench --bench session`. A checkpoint is taken in the background after each cell; what is
 //! timed is the cell, after a pause in which a model would have been thinking.
 
+#[path = "../tests/common/mod.rs"]
+mod common;
+
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,20 +13,12 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use kaa::lm::ScriptedHandler;
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Runtime, Store, Tool, Value,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Runtime, Tool, Value,
     WasmEnvironment,
 };
 
 /// Long enough for a checkpoint or the recycling of an instance to be over.
 const PAUSE: Duration = Duration::from_millis(1);
-
-fn open_runtime() -> Runtime {
-    let root = std::env::var_os("KAA_CACHE").map_or_else(
-        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
-        Into::into,
-    );
-    Runtime::open(Store::open(root).unwrap()).unwrap()
-}
 
 fn session(runtime: &Runtime, image: &Image) -> WasmEnvironment {
     let tool = Tool::new("echo", |call| Ok(call.args.into_iter().next().unwrap_or(Value::None)));
@@ -44,6 +39,14 @@ async fn pause() {
     }
 }
 
+/// A new session, and how long it and its first cell took.
+async fn first_cell(runtime: &Runtime, image: &Image, cell: &str) -> (Duration, WasmEnvironment) {
+    let start = Instant::now();
+    let mut session = runtime.environment(image, EnvironmentOptions::default()).unwrap();
+    black_box(session.execute(cell).await.unwrap());
+    (start.elapsed(), session)
+}
+
 fn fresh(c: &mut Criterion, runtime: &Runtime, tokio: &tokio::runtime::Runtime) {
     let cases = [
         ("base", "print(1+1)"),
@@ -57,11 +60,8 @@ fn fresh(c: &mut Criterion, runtime: &Runtime, tokio: &tokio::runtime::Runtime) 
                 async move {
                     let mut total = Duration::ZERO;
                     for _ in 0..rounds {
-                        let start = Instant::now();
-                        let mut session =
-                            runtime.environment(image, EnvironmentOptions::default()).unwrap();
-                        black_box(session.execute(cell).await.unwrap());
-                        total += start.elapsed();
+                        let (time, session) = first_cell(runtime, image, cell).await;
+                        total += time;
                         drop(session);
                         pause().await;
                     }
@@ -179,10 +179,10 @@ fn contexts(c: &mut Criterion, runtime: &Runtime, tokio: &tokio::runtime::Runtim
 fn all(c: &mut Criterion) {
     let tokio =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let runtime = open_runtime();
-    fresh(c, &runtime, &tokio);
-    cells(c, &runtime, &tokio);
-    contexts(c, &runtime, &tokio);
+    let runtime = common::runtime();
+    fresh(c, runtime, &tokio);
+    cells(c, runtime, &tokio);
+    contexts(c, runtime, &tokio);
 }
 
 criterion_group! {

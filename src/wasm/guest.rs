@@ -89,7 +89,7 @@ impl Signal {
 pub(crate) struct Handles {
     pub(crate) memory: Memory,
     /// Mutable globals in the order of their index, without the fuel.
-    pub(crate) globals: Vec<Global>,
+    pub(crate) globals: Arc<[Global]>,
     pub(crate) fuel: Option<Global>,
     pub(crate) floor: Option<Global>,
     pub(crate) host_alloc: TypedFunc<i32, i32>,

@@ -150,7 +150,7 @@ impl Session {
         let Ok(written) = self.slot.written() else { return };
         let memory = handles.memory.data_mut(&mut store);
         let copied = written.into_iter().all(|range| image.copy_to(memory, range).is_ok());
-        let globals = self.start.globals.iter().zip(&handles.globals);
+        let globals = self.start.globals.iter().zip(handles.globals.iter());
         let reset = globals.into_iter().all(|(record, global)| {
             value_of(record).is_ok_and(|value| global.set(&mut store, value).is_ok())
         });
@@ -213,10 +213,9 @@ impl Session {
         guest.refused_bytes = None;
         guest.signal.take();
         guest.budget = Budget::start(limits.clone());
-        let wasmtime_fuel = store.get_fuel().ok();
-        let guest = store.data_mut();
         let grant = guest.budget.grant();
         let lowest = guest.budget.floor();
+        let wasmtime_fuel = if handles.fuel.is_none() { store.get_fuel().ok() } else { None };
         let result = run(store, &handles, turn, (grant, lowest)).await;
         let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
         let bytes = handles.memory.data_size(&*store) as u64;
@@ -433,7 +432,7 @@ fn exports(
     let eval_code = format!("{FUNCTION_EXPORT_PREFIX}{EVAL_FUNCTION}");
     Ok(Handles {
         memory,
-        globals: mutable,
+        globals: mutable.into(),
         fuel,
         floor,
         host_alloc: instance.get_typed_func(&mut *store, "host_alloc")?,
@@ -504,7 +503,7 @@ mod tests {
         let memory = handles.memory.data(&idle.store);
         assert_eq!(memory.len(), start.memory.bytes());
         start.memory.differing(memory, |range| panic!("{range:?} is not as in the image"));
-        for (record, global) in start.globals.iter().zip(&handles.globals) {
+        for (record, global) in start.globals.iter().zip(handles.globals.iter()) {
             assert_eq!(super::bits_of(global.get(&mut idle.store)), record.bits);
         }
     }
