@@ -3,6 +3,9 @@
 //! A backend carries bytes and stops the guest; this file knows what they mean. It holds the
 //! requests that wait for the guest, answers its calls, and turns reports into results.
 
+mod names;
+mod sources;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
@@ -10,6 +13,8 @@ use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
 
+pub(crate) use self::names::{check_name, check_tool};
+pub(crate) use self::sources::{BOOTSTRAP, TURN, agent_sources};
 use crate::capture::Capture;
 use crate::environment::{
     EnvironmentOptions, Exception, Execution, LmCall, Outcome, Profile, Tool, ToolArgs, ToolError,
@@ -21,6 +26,7 @@ use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{
     CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
 };
+use crate::snapshot::{SessionRecord, Told};
 use crate::value::Value;
 
 /// Characters kept of a `repr` in a report of variables.
@@ -37,51 +43,6 @@ const OPENENV_OUTPUT_CHARS: usize = 8_192;
 
 /// The exception class of a soft stop, as the agent names it.
 const LIMIT_EXCEPTION: &str = "LimitReached";
-
-/// Names that belong to the profiles; neither variables nor tools may take them.
-pub(crate) const RESERVED_NAMES: &[&str] = &[
-    "FINAL",
-    "FINAL_VAR",
-    "SHOW_VARS",
-    "answer",
-    "context",
-    "history",
-    "llm_batch",
-    "llm_query",
-    "llm_query_batched",
-    "rlm_query",
-    "rlm_query_batched",
-];
-
-/// The source line of one turn of an installed agent.
-pub(crate) const TURN: &str = "__kaa_turn__()";
-/// The script that installs the agent into a guest that has none.
-pub(crate) const BOOTSTRAP: &str = include_str!("../guest/bootstrap.py");
-
-/// The agent's modules in the order of their installation.
-pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
-    macro_rules! sources {
-        ($($name:literal),+ $(,)?) => {
-            [$(($name, include_str!(concat!("../guest/", $name, ".py")))),+]
-        };
-    }
-    sources![
-        "values",
-        "streams",
-        "imports",
-        "calls",
-        "cells",
-        "namespace",
-        "profiles",
-        "repairs",
-        "pools",
-        "locks",
-        "threads",
-        "loop",
-        "agent",
-        "__init__",
-    ]
-}
 
 /// What the guest's call needs before it can be answered.
 pub(crate) enum Answer {
@@ -122,8 +83,12 @@ pub(crate) struct Conversation {
     unanswered: usize,
     stop: Option<Limit>,
     cells: u64,
-    /// What the guest has to be told before the next request: again, if its turn is undone.
-    untold: Vec<Message>,
+    /// What the guest has to know about its surroundings.
+    wanted: Told,
+    /// What it knows; none before the first turn whose state is kept.
+    told: Option<Told>,
+    /// What randomness in the guest's memory has to start from, as long as it was not told.
+    seed: Option<String>,
     sources: Option<Message>,
 }
 
@@ -134,24 +99,27 @@ impl Conversation {
     ///
     /// [`Error::Invalid`] for a tool whose name can't be used.
     pub(crate) fn new(options: &EnvironmentOptions, seed: [u8; 16]) -> Result<Self> {
-        let seed: String = seed.iter().map(|byte| format!("{byte:02x}")).collect();
-        let mut configure = json!({
-            "op": "configure", "profile": options.profile.name(), "seed": seed,
-            "value_chars": VALUE_CHARS, "repr_chars": REPR_CHARS, "lm": options.lm.is_some(),
-        });
-        if !options.policy.env.is_empty() {
-            configure["env"] = options
-                .policy
-                .env
-                .iter()
-                .cloned()
-                .collect::<BTreeMap<_, _>>()
-                .into_iter()
-                .collect();
-        }
-        if let Some(allowed) = &options.policy.allowed_imports {
-            configure["allowed_imports"] = json!(allowed);
-        }
+        Self::start(options, Some(seed))
+    }
+
+    /// The start of a session whose guest is that of another: it is told what is different. With a
+    /// seed it draws other random numbers than that one.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub(crate) fn resume(
+        options: &EnvironmentOptions,
+        record: &SessionRecord,
+        seed: Option<[u8; 16]>,
+    ) -> Result<Self> {
+        let mut conversation = Self::start(options, seed)?;
+        conversation.go_to(record);
+        Ok(conversation)
+    }
+
+    fn start(options: &EnvironmentOptions, seed: Option<[u8; 16]>) -> Result<Self> {
+        let env = options.policy.env.iter().cloned().collect();
         let mut conversation = Self {
             profile: options.profile,
             output_chars: match options.profile {
@@ -168,13 +136,32 @@ impl Conversation {
             unanswered: 0,
             stop: None,
             cells: 0,
-            untold: vec![Message::new(configure)],
+            wanted: Told {
+                profile: options.profile.name().to_owned(),
+                lm: options.lm.is_some(),
+                env,
+                allowed_imports: options.policy.allowed_imports.clone(),
+                tools: Vec::new(),
+            },
+            told: None,
+            seed: seed.map(|seed| seed.iter().map(|byte| format!("{byte:02x}")).collect()),
             sources: None,
         };
         for tool in &options.tools {
             conversation.add_tool(tool.clone())?;
         }
         Ok(conversation)
+    }
+
+    /// The guest goes to a state of before, or of another session: what it knew then.
+    pub(crate) fn go_to(&mut self, record: &SessionRecord) {
+        self.cells = record.cells;
+        self.told = record.told.clone();
+    }
+
+    /// Cells that were asked for, and what the guest knows.
+    pub(crate) fn record(&self) -> (u64, Option<Told>) {
+        (self.cells, self.told.clone())
     }
 
     /// Makes a tool callable.
@@ -185,14 +172,41 @@ impl Conversation {
     pub(crate) fn add_tool(&mut self, tool: Tool) -> Result<()> {
         check_tool(&tool)?;
         self.tools.insert(tool.name().to_owned(), tool);
-        self.announce_tools();
+        self.wanted.tools = self.tools.keys().cloned().collect();
         Ok(())
     }
 
-    fn announce_tools(&mut self) {
-        self.untold.retain(|request| request.text("op") != Some("tools"));
-        let tools: Vec<Json> = self.tools.keys().map(|name| json!({ "name": name })).collect();
-        self.untold.push(Message::new(json!({ "op": "tools", "tools": tools })));
+    /// What the guest has to be told before the next request: again, if its turn is undone.
+    fn untold(&self) -> Vec<Message> {
+        let Told { profile, lm, env, allowed_imports, tools } = &self.wanted;
+        let mut untold = Vec::new();
+        let known = self.told.as_ref();
+        let same = |told: &Told| {
+            let configured = (&told.profile, &told.lm, &told.env, &told.allowed_imports);
+            configured == (profile, lm, env, allowed_imports)
+        };
+        if self.seed.is_some() || !known.is_some_and(same) {
+            let mut configure = json!({
+                "op": "configure", "profile": profile, "value_chars": VALUE_CHARS,
+                "repr_chars": REPR_CHARS, "lm": lm,
+            });
+            if let Some(seed) = &self.seed {
+                configure["seed"] = seed.as_str().into();
+            }
+            if !env.is_empty() {
+                configure["env"] = json!(env);
+            }
+            let imports_known = known.map_or(&None, |told| &told.allowed_imports);
+            if allowed_imports.is_some() || allowed_imports != imports_known {
+                configure["allowed_imports"] = json!(allowed_imports);
+            }
+            untold.push(Message::new(configure));
+        }
+        if tools[..] != *known.map_or(&[][..], |told| &told.tools) {
+            let tools: Vec<Json> = tools.iter().map(|name| json!({ "name": name })).collect();
+            untold.push(Message::new(json!({ "op": "tools", "tools": tools })));
+        }
+        untold
     }
 
     /// Lets a guest that has no agent ask for its sources.
@@ -215,7 +229,9 @@ impl Conversation {
         self.calls = Calls::default();
         self.stop = None;
         if let Some(request) = request {
-            self.requests.extend(self.untold.iter().cloned());
+            if self.seed.is_some() || self.told.as_ref() != Some(&self.wanted) {
+                self.requests.extend(self.untold());
+            }
             self.requests.push_back(request);
         }
     }
@@ -297,7 +313,10 @@ impl Conversation {
 
     /// The state that this turn left is kept: what the guest was told in it need not be told again.
     pub(crate) fn keep(&mut self) {
-        self.untold.clear();
+        self.seed = None;
+        if self.told.as_ref() != Some(&self.wanted) {
+            self.told = Some(self.wanted.clone());
+        }
     }
 
     /// Gives up on this turn: nothing of it must reach the next.
@@ -523,45 +542,6 @@ pub(crate) fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
         new: report.new,
     };
     reports.into_iter().take(VARIABLES_MAX).map(variable).collect()
-}
-
-/// Whether a tool's name can be used.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] when it is no identifier or reserved.
-pub(crate) fn check_tool(tool: &Tool) -> Result<()> {
-    check_name("tool", tool.name())?;
-    if RESERVED_NAMES.contains(&tool.name()) {
-        // RLM's own sentence, so that its users recognize it.
-        return Err(Error::invalid(
-            "tools",
-            format!(
-                "Custom tools cannot override reserved REPL functions: ['{}']. \
-                 Reserved names: {RESERVED_NAMES:?}",
-                tool.name()
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Whether `name` can be a Python variable. Identifiers beyond ASCII are left to the agent, which
-/// asks Python itself.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] naming `what` and the name.
-pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
-    let mut chars = name.chars();
-    let starts = chars.next().is_some_and(|c| c.is_alphabetic() || c == '_');
-    if starts && chars.all(|c| c.is_alphanumeric() || c == '_') && name.len() <= 1_000 {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        format!("{what} name `{}`", name.escape_debug()),
-        "it must be a Python identifier",
-    ))
 }
 
 fn prompt_of(value: Value) -> Result<Prompt> {

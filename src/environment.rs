@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use crate::error::Result;
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{LmCompletion, Prompt};
+use crate::snapshot::Snapshot;
 use crate::value::Value;
 
 /// One live Python session: cells go in, results come out, state stays.
@@ -28,6 +29,8 @@ use crate::value::Value;
 ///   [`Capabilities`] and is poisoned until `reset`.
 /// - Time spent waiting for the host (LM calls, tools, sleeps) isn't compute; it is wall time.
 /// - A guest can't forge messages to the host: the channel isn't its stdout.
+/// - `restore(snapshot())` changes nothing that code can observe but clock and randomness. A session
+///   with open files refuses the snapshot, and names them.
 /// - Dropping the future of any method is safe: the session rolls back or is poisoned, and the host
 ///   leaks nothing.
 /// - What a backend can't do is [`Error::Unsupported`](crate::Error::Unsupported).
@@ -89,6 +92,33 @@ pub trait Environment: Send {
     ///
     /// [`Error::Invalid`](crate::Error::Invalid) when the name isn't an identifier or is reserved.
     fn register_tool(&mut self, tool: Tool) -> Result<()>;
+
+    /// Saves the session's state. Everything that lives in its memory is in it; see [`Snapshot`].
+    /// The session goes on as if nothing had been.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) naming the files that the guest has open: what the
+    /// host keeps about them can't be saved.
+    async fn snapshot(&mut self) -> Result<Snapshot>;
+
+    /// Goes back, or over, to a saved state: of this session, or of another of the same image. Only
+    /// the host's clock and randomness can tell; files that are open are closed, and the scratch
+    /// directory is as it was saved. Works on a poisoned environment too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`](crate::Error::Incompatible) for a snapshot of another image or
+    /// backend, [`Error::Invalid`](crate::Error::Invalid) when it doesn't fit this session's limits.
+    async fn restore(&mut self, snapshot: &Snapshot) -> Result<()>;
+
+    /// A second session in the same state, with the same options; from then on neither sees what the
+    /// other does.
+    ///
+    /// # Errors
+    ///
+    /// As [`snapshot`](Self::snapshot), and as opening a session.
+    async fn fork(&mut self) -> Result<Box<dyn Environment>>;
 
     /// Throws all state away: the session is as it was when it was opened, without its contexts and
     /// variables, with its tools. Works on a poisoned environment too.

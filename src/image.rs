@@ -45,6 +45,8 @@ use crate::error::{Error, Result};
 pub(crate) const FORMAT: u32 = 1;
 /// The name of the manifest in an image's directory.
 const IMAGE_MANIFEST: &str = "image.json";
+/// An image's memory, in its directory.
+pub(crate) const MEMORY: &str = "memory.bin";
 /// Younger drafts are left alone: their process may not hold the lock yet.
 const DRAFT_AGE_MIN: Duration = Duration::from_secs(60);
 /// Manifests are small; a larger file isn't one.
@@ -127,6 +129,15 @@ pub struct ImageManifest {
     /// Where in the memory a `.` stands: see `wasm/files.rs`.
     pub(crate) dot: u32,
     pub(crate) files: Vec<FileRecord>,
+}
+
+impl ImageManifest {
+    /// SHA-256 of the memory that sessions start from.
+    #[must_use]
+    pub fn memory_sha256(&self) -> &str {
+        let memory = self.files.iter().find(|file| file.path == MEMORY);
+        memory.map_or("", |file| &file.sha256)
+    }
 }
 
 /// The directory of everything that Kaa keeps.
@@ -309,6 +320,18 @@ impl Store {
     pub fn manifest_by_name(&self, name: &str) -> Result<ImageManifest> {
         let key = self.resolve(name)?.ok_or_else(|| no_image(name))?;
         self.manifest(&key)
+    }
+
+    /// The manifest of the image of a key that comes from outside.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] when it isn't a key, and as for an image of the store.
+    pub(crate) fn manifest_by_key(&self, key: &str) -> Result<ImageManifest> {
+        if !is_key(key) {
+            return Err(Error::invalid("image", "its key is none"));
+        }
+        self.manifest(key)
     }
 
     /// The manifest of an image, after the cheap checks of all its files.

@@ -46,6 +46,7 @@ mod limits;
 pub mod lm;
 mod policy;
 mod protocol;
+mod snapshot;
 mod value;
 pub mod wasm;
 
@@ -62,5 +63,9 @@ pub use error::{Error, Result};
 pub use image::{ImageManifest, Progress, ProgressFn, Store};
 pub use limits::*;
 pub use policy::{Clock, Mount, Policy};
+pub use snapshot::{
+    ClockRecord, SessionRecord, Snapshot, SnapshotData, SnapshotHeader, SnapshotImage, Told,
+    inspect_snapshot,
+};
 pub use value::Value;
 pub use wasm::{Image, ImageSpec, Metering, Runtime, WasmEnvironment};

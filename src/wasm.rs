@@ -5,6 +5,7 @@
 //! copy-on-write view of an image (see `memory.rs`), one instance of the compiled guest, and a
 //! checkpoint to go back to.
 
+mod asleep;
 mod boot;
 mod budget;
 mod clock;
@@ -18,10 +19,14 @@ mod instrument;
 mod memory;
 mod meter;
 mod module;
+mod opening;
 mod pins;
+mod random;
 mod recipe;
+mod saved;
 mod session;
 mod stack;
+mod state;
 mod wasi;
 
 use std::collections::HashMap;
@@ -37,11 +42,14 @@ pub use self::environment::WasmEnvironment;
 use self::guest::Guest;
 use self::memory::MemoryImage;
 use self::module::CompiledGuest;
+use self::opening::{Origin, Shared};
 pub use self::recipe::ImageSpec;
 use self::recipe::Recipe;
+use self::saved::{BACKEND, Saved, check_image};
 use self::session::Start;
 use crate::error::{Error, Result};
 use crate::image::{ImageManifest, ProgressFn, Store};
+use crate::snapshot::Snapshot;
 
 /// The rewriting of modules, for the tests that compare rewritten modules with their originals.
 #[doc(hidden)]
@@ -67,7 +75,7 @@ pub mod rewrite {
 /// # }
 /// ```
 pub struct Runtime {
-    store: Store,
+    shared: Arc<Shared>,
     engine: Engine,
     metering: Metering,
     linker: Linker<Guest>,
@@ -105,6 +113,8 @@ struct ImageInner {
     manifest: ImageManifest,
     start: Arc<Start>,
     guests: Arc<Guests>,
+    /// What sessions of a template begin with, instead of the image itself.
+    template: Option<Arc<Saved>>,
 }
 
 impl Image {
@@ -112,6 +122,15 @@ impl Image {
     #[must_use]
     pub fn manifest(&self) -> &ImageManifest {
         &self.0.manifest
+    }
+
+    /// The image of the store, without what a template adds.
+    fn base(&self) -> Self {
+        self.0.template.as_ref().map_or_else(|| self.clone(), |saved| saved.image.clone())
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        self.0.template.as_ref().map_or(Origin::Image, |saved| Origin::Template(saved))
     }
 }
 
@@ -123,7 +142,7 @@ impl std::fmt::Debug for Image {
 
 impl std::fmt::Debug for Runtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Runtime").field("store", &self.store).finish_non_exhaustive()
+        f.debug_struct("Runtime").field("store", self.store()).finish_non_exhaustive()
     }
 }
 
@@ -148,21 +167,20 @@ impl Runtime {
         wasi::add_to_linker(&mut linker)
             .and_then(|()| guest::add_to_linker(&mut linker))
             .map_err(|e| Error::Internal(format!("defining the guest's imports: {e:#}")))?;
-        files::remove_leftovers(&store.scratch());
         store.remove_old_drafts();
-        Ok(Self { store, engine, metering, linker, loaded: Mutex::default() })
+        Ok(Self { shared: Shared::new(store), engine, metering, linker, loaded: Mutex::default() })
     }
 
     /// The store.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.store
+        &self.shared.store
     }
 
     /// Whether the compiled guest is in the store and sound, so that making an image takes seconds.
     #[must_use]
     pub fn is_set_up(&self) -> bool {
-        module::load(&self.store, &self.engine, self.metering).is_ok()
+        module::load(self.store(), &self.engine, self.metering).is_ok()
     }
 
     /// The image of this name: from memory, from the store, or, for the images that come with Kaa
@@ -190,7 +208,7 @@ impl Runtime {
     ) -> Result<Image> {
         let guests = self.guests(wheel, progress)?;
         let Some(mut recipe) = Recipe::built_in(name) else {
-            let manifest = self.store.manifest_by_name(name)?;
+            let manifest = self.store().manifest_by_name(name)?;
             return self.load(manifest, guests);
         };
         let parent = match &recipe.from {
@@ -200,14 +218,14 @@ impl Runtime {
         recipe.name.push_str(self.metering.suffix());
         let parent_manifest = parent.as_ref().map(Image::manifest);
         let key = recipe.key(&guests.compiled.manifest.key, parent_manifest);
-        match self.store.manifest(&key) {
+        match self.store().manifest(&key) {
             Ok(manifest) => return self.load(manifest, guests),
             Err(e) if !is_absent_or_unsound(&e) => return Err(e),
             Err(_) => {}
         }
-        let _lock = self.store.lock()?;
+        let _lock = self.store().lock()?;
         // Another process may have made it while this one waited.
-        let manifest = match self.store.manifest(&key) {
+        let manifest = match self.store().manifest(&key) {
             Ok(manifest) => manifest,
             Err(_) => self.make(&recipe, parent.as_ref(), &guests, progress)?,
         };
@@ -225,10 +243,10 @@ impl Runtime {
         let parent = self.image(&spec.from, progress)?;
         let guests = self.guests(None, progress)?;
         let key = recipe.key(&guests.compiled.manifest.key, Some(parent.manifest()));
-        let _lock = self.store.lock()?;
-        let manifest = match self.store.manifest(&key) {
+        let _lock = self.store().lock()?;
+        let manifest = match self.store().manifest(&key) {
             Ok(manifest) => {
-                self.store.name(&spec.name, &key)?;
+                self.store().name(&spec.name, &key)?;
                 manifest
             }
             Err(_) => self.make(&recipe, Some(&parent), &guests, progress)?,
@@ -245,7 +263,7 @@ impl Runtime {
     ///
     /// [`Error::Incompatible`] when a named image can't be read: remove it, or build it again, first.
     pub fn prune(&self) -> Result<u64> {
-        self.store.prune(&module::module_key(&self.engine, self.metering))
+        self.store().prune(&module::module_key(&self.engine, self.metering))
     }
 
     /// A new session.
@@ -259,7 +277,76 @@ impl Runtime {
         image: &Image,
         options: crate::environment::EnvironmentOptions,
     ) -> Result<WasmEnvironment> {
-        WasmEnvironment::open(&self.store, image, options)
+        WasmEnvironment::open(&self.shared, image, options)
+    }
+
+    /// A session that goes on from a snapshot, of this process or read from a file.
+    ///
+    /// Its profile is the snapshot's; so are seed and clock unless the options have others: with the
+    /// same options everything goes on as if it had never stopped. Limits, mounts, tools and language
+    /// models are those of the options.
+    ///
+    /// # Errors
+    ///
+    /// As [`environment`](Self::environment); [`Error::Incompatible`] for a snapshot of another
+    /// backend.
+    pub fn resume(
+        &self,
+        snapshot: &Snapshot,
+        options: crate::environment::EnvironmentOptions,
+    ) -> Result<WasmEnvironment> {
+        WasmEnvironment::resume(&self.shared, snapshot.data(BACKEND)?, options)
+    }
+
+    /// An image whose sessions begin with the state of a snapshot, such as one with a large context.
+    /// They share its memory until they write to it. Unlike forks, they have random numbers and a
+    /// clock of their own, and the profile of their options.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] for a snapshot of another backend.
+    pub fn template(&self, snapshot: &Snapshot) -> Result<Image> {
+        let saved = snapshot.data::<Saved>(BACKEND)?;
+        saved.condensed()?;
+        let ImageInner { manifest, start, guests, .. } = &*saved.image.0;
+        Ok(Image(Arc::new(ImageInner {
+            manifest: manifest.clone(),
+            start: Arc::clone(start),
+            guests: Arc::clone(guests),
+            template: Some(Arc::new(saved.clone())),
+        })))
+    }
+
+    /// Reads a snapshot file. Blocks.
+    ///
+    /// A file that anyone may have written can harm nothing but the session that goes on from it:
+    /// memory, globals and files in it are the guest's, and stay in the sandbox. What such a session
+    /// does next is in the hands of whoever wrote the file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when the file isn't a snapshot, is damaged or of a newer format, or
+    /// when its image isn't the one in the store; [`Error::Io`] when it can't be read.
+    pub fn load_snapshot(&self, path: impl AsRef<Path>) -> Result<Snapshot> {
+        let saved = Saved::load(path.as_ref(), |header| {
+            let name = &header.image.name;
+            let found = match Recipe::built_in(name) {
+                Some(_) => self.image(name, &|_| {}),
+                None => self.image_by_key(&header.image.key),
+            };
+            let image = found.map_err(|error| Error::Incompatible {
+                what: "the snapshot".into(),
+                expected: "one of an image in the store".into(),
+                found: format!("one of `{}` ({error})", name.escape_debug()),
+            })?;
+            check_image(image.manifest(), header)?;
+            Ok(image)
+        })?;
+        Ok(Snapshot::new(saved))
+    }
+
+    fn image_by_key(&self, key: &str) -> Result<Image> {
+        self.load(self.store().manifest_by_key(key)?, self.guests(None, &|_| {})?)
     }
 
     fn loaded(&self) -> std::sync::MutexGuard<'_, Loaded> {
@@ -271,16 +358,16 @@ impl Runtime {
         if let Some(guests) = &self.loaded().guest {
             return Ok(Arc::clone(guests));
         }
-        let compiled = match module::load(&self.store, &self.engine, self.metering) {
+        let compiled = match module::load(self.store(), &self.engine, self.metering) {
             Ok(compiled) => compiled,
             Err(e) if !is_absent_or_unsound(&e) => return Err(e),
             Err(_) => {
-                let _lock = self.store.lock()?;
-                match module::load(&self.store, &self.engine, self.metering) {
+                let _lock = self.store().lock()?;
+                match module::load(self.store(), &self.engine, self.metering) {
                     Ok(compiled) => compiled,
                     Err(_) => {
-                        module::build(&self.store, &self.engine, self.metering, wheel, progress)?;
-                        module::load(&self.store, &self.engine, self.metering)?
+                        module::build(self.store(), &self.engine, self.metering, wheel, progress)?;
+                        module::load(self.store(), &self.engine, self.metering)?
                     }
                 }
             }
@@ -317,7 +404,7 @@ impl Runtime {
                 Parent { start: Arc::new(start), manifest: None }
             }
         };
-        boot::build(&self.store, &guests.compiled, &parent, recipe, progress)
+        boot::build(self.store(), &guests.compiled, &parent, recipe, progress)
     }
 
     fn load(&self, manifest: ImageManifest, guests: Arc<Guests>) -> Result<Image> {
@@ -331,12 +418,13 @@ impl Runtime {
                 found: "one of another; build it again with `kaa image build`".into(),
             });
         }
-        let memory = boot::open_memory(&self.store.image(&manifest.key), manifest.memory_bytes)?;
+        let memory = boot::open_memory(&self.store().image(&manifest.key), manifest.memory_bytes)?;
         let globals = manifest.globals.clone();
         let (engine, pre) = (self.engine.clone(), guests.pre.clone());
         let start = Start::new(engine, pre, memory, globals, guests.compiled.manifest.fixed_tables);
         let key = manifest.key.clone();
-        let image = Image(Arc::new(ImageInner { manifest, start: Arc::new(start), guests }));
+        let start = Arc::new(start);
+        let image = Image(Arc::new(ImageInner { manifest, start, guests, template: None }));
         self.loaded().images.insert(key, image.clone());
         Ok(image)
     }

@@ -11,11 +11,12 @@ use std::time::Instant;
 
 use super::clock::VirtualClock;
 use super::fetch::megabytes;
-use super::files::{Files, Scratch};
+use super::files::{Files, Scratch, Scratches};
 use super::guest::Guest;
 use super::memory::MemoryImage;
 use super::module::CompiledGuest;
 use super::pins::pins;
+use super::random::SeededRandom;
 use super::recipe::Recipe;
 use super::session::{Session, Start, Turn, TurnEnd};
 use super::wasi::{self, Directories};
@@ -24,14 +25,13 @@ use crate::capture::Capture;
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
 use crate::image::{
-    Entry, FORMAT, FileRecord, ImageManifest, Progress, ProgressFn, Store, create_private,
+    Entry, FORMAT, FileRecord, ImageManifest, MEMORY, Progress, ProgressFn, Store, create_private,
 };
 use crate::limits::Limits;
 use crate::policy::{Clock, Mount, Policy};
 use crate::protocol::Message;
 use serde_json::json;
 
-pub(crate) const MEMORY: &str = "memory.bin";
 /// Files that an image brings, and where its sessions see them.
 pub(crate) const SITE: &str = "site";
 pub(crate) const SITE_GUEST: &str = "/usr/local/site";
@@ -126,7 +126,7 @@ fn start(
     site: Option<PathBuf>,
 ) -> Result<Booted> {
     let work = store.draft()?;
-    let scratch = Scratch::new(work.path())?;
+    let scratch = Scratch::new(&Scratches::open(work.path())?)?;
     let mut policy =
         Policy { clock: Clock::Fixed(BOOT_TIME_NS), seed: Some(BOOT_SEED), ..Policy::default() };
     if let Some(site) = &site {
@@ -136,7 +136,7 @@ fn start(
         Directories { stdlib: &compiled.stdlib(), scratch: scratch.path(), root: &store.empty() };
     let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
     let guest = boot_guest(&directories, &policy, dot)?;
-    let session = Session::new(Arc::clone(&parent.start), guest)?;
+    let session = Session::new(Arc::clone(&parent.start), |_| Ok(guest))?;
     let fresh = parent.manifest.is_none();
     // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
     // called from anywhere.
@@ -157,12 +157,16 @@ pub(crate) fn site_mount(host: &Path) -> Mount {
 
 fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Result<Guest> {
     let clock = VirtualClock::new(policy.clock);
+    let random = policy.seed.map(|seed| SeededRandom::new(seed, 0));
     let limits = Limits::unlimited();
     let mounts: Vec<String> = policy.mounts.iter().map(|mount| mount.guest.clone()).collect();
     Ok(Guest {
-        wasi: wasi::context(directories, policy, clock.as_ref())?,
+        wasi: wasi::context(directories, policy, clock.as_ref(), random.as_ref())?,
         files: Files::new(directories.scratch, limits.disk_bytes, &mounts, dot),
+        scratch: None,
+        plain: false,
         clock,
+        random,
         streams: Streams::default(),
         conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
         budget: super::budget::Budget::start(limits),

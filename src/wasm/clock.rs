@@ -11,6 +11,7 @@ use wasmtime_wasi::{HostMonotonicClock, HostWallClock};
 use super::guest::{Guest, guest_slice, wait_outside, write_u32};
 use super::wasi::{ERRNO_FAULT, ERRNO_INVAL, ERRNO_SUCCESS, parts};
 use crate::policy::Clock;
+use crate::snapshot::ClockRecord;
 
 /// A clock of the session's own: see [`Clock::Fixed`].
 #[derive(Debug)]
@@ -27,10 +28,25 @@ impl VirtualClock {
     pub(crate) fn new(clock: Clock) -> Option<Arc<Self>> {
         match clock {
             Clock::Real => None,
-            Clock::Fixed(start_ns) => {
-                Some(Arc::new(Self { start_ns, elapsed_ns: AtomicU64::new(0) }))
-            }
+            Clock::Fixed(start_ns) => Some(Self::resume(ClockRecord { start_ns, elapsed_ns: 0 })),
         }
+    }
+
+    /// The clock of a session that was saved.
+    pub(crate) fn resume(record: ClockRecord) -> Arc<Self> {
+        let ClockRecord { start_ns, elapsed_ns } = record;
+        Arc::new(Self { start_ns, elapsed_ns: AtomicU64::new(elapsed_ns) })
+    }
+
+    /// What to resume from.
+    pub(crate) fn record(&self) -> ClockRecord {
+        let elapsed_ns = self.elapsed_ns.load(Ordering::Acquire);
+        ClockRecord { start_ns: self.start_ns, elapsed_ns }
+    }
+
+    /// Goes to a time of this clock.
+    pub(crate) fn go_to(&self, elapsed_ns: u64) {
+        self.elapsed_ns.store(elapsed_ns, Ordering::Release);
     }
 
     fn advance(&self, ns: u64) -> u64 {

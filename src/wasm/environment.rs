@@ -1,32 +1,30 @@
 //! `WasmEnvironment`: the contract on a Wasm guest.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use rand::RngExt;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
 use super::Image;
-use super::boot::{SITE, site_mount};
-use super::budget::Budget;
-use super::clock::VirtualClock;
-use super::files::{Files, Scratch};
-use super::guest::{Guest, MemoryLimit, Signal};
+use super::asleep::Asleep;
+use super::files::Scratch;
+use super::guest::Signal;
+use super::opening::{self, Origin, Shared, resumed};
+use super::saved::{BACKEND, Saved};
 use super::session::{Session, Turn, TurnEnd};
-use super::wasi::{self, Directories};
-use crate::agent::{Conversation, Streams, check_name, check_tool, variables};
+use crate::agent::{Streams, check_name, check_tool, variables};
 use crate::capture::Capture;
 use crate::environment::{
     Capabilities, Context, Environment, EnvironmentOptions, Exception, ExecuteOptions, Execution,
     Interrupt, Outcome, Status, Tool, Variable,
 };
 use crate::error::{Error, Result};
-use crate::image::Store;
 use crate::limits::{Limit, Limits, Usage};
-use crate::policy::Policy;
 use crate::protocol::{Message, VariableReport, decode_value};
+use crate::snapshot::Snapshot;
 use crate::value::Value;
 
 /// What a process killed by `SIGABRT` would have exited with: a trap of the guest.
@@ -42,22 +40,33 @@ const SERVICE_TIME: Duration = Duration::from_secs(30);
 /// Needs a tokio runtime with time enabled. A guest that computes gives its thread up about every
 /// millisecond; one that waits for an LM, a tool or a sleep holds none.
 pub struct WasmEnvironment {
-    state: State,
-    scratch: Option<Scratch>,
+    phase: Phase,
     signal: Arc<Signal>,
-    store: Store,
+    shared: Arc<Shared>,
     options: EnvironmentOptions,
     /// Tools that were registered since the last turn: the session may be away, being saved.
     new_tools: Vec<Tool>,
     image: Image,
 }
 
-enum State {
+enum Phase {
     Ready(Box<Session>),
-    /// A checkpoint is being taken in the background; the task gives the session back.
-    Saving(JoinHandle<Result<Box<Session>>>),
+    /// A checkpoint is being taken in the background.
+    Saving(Saving),
+    /// Hibernated.
+    Asleep(Asleep),
     Lost(String),
 }
+
+/// A task that takes a checkpoint and gives the session back.
+struct Saving {
+    task: JoinHandle<Result<Box<Session>>>,
+    /// Nobody needs the checkpoint any more.
+    unwanted: Arc<AtomicBool>,
+}
+
+/// A checkpoint that may copy more than this is taken on a thread for work that blocks.
+const SAVE_BYTES_MAX: usize = 4 << 20;
 
 impl std::fmt::Debug for WasmEnvironment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -66,7 +75,30 @@ impl std::fmt::Debug for WasmEnvironment {
 }
 
 impl WasmEnvironment {
-    pub(crate) fn open(store: &Store, image: &Image, options: EnvironmentOptions) -> Result<Self> {
+    pub(crate) fn open(
+        shared: &Arc<Shared>,
+        image: &Image,
+        options: EnvironmentOptions,
+    ) -> Result<Self> {
+        Self::begin(shared, image, options, image.origin())
+    }
+
+    /// A session that goes on from a saved one.
+    pub(crate) fn resume(
+        shared: &Arc<Shared>,
+        saved: &Saved,
+        options: EnvironmentOptions,
+    ) -> Result<Self> {
+        let options = resumed(options, &saved.record)?;
+        Self::begin(shared, &saved.image, options, Origin::Saved(saved))
+    }
+
+    fn begin(
+        shared: &Arc<Shared>,
+        image: &Image,
+        options: EnvironmentOptions,
+        origin: Origin<'_>,
+    ) -> Result<Self> {
         options.limits.validate()?;
         options.policy.validate()?;
         if options.limits.memory_bytes < image.manifest().memory_bytes {
@@ -75,15 +107,12 @@ impl WasmEnvironment {
                 format!("the image alone has {} bytes", image.manifest().memory_bytes),
             ));
         }
-        let scratch = Scratch::new(&store.scratch())?;
         let signal = Arc::new(Signal::default());
-        let guest = guest(store, image, &options, &scratch, Arc::clone(&signal))?;
-        let session = Session::new(Arc::clone(&image.0.start), guest)?;
+        let session = opening::open(shared, image, &options, origin, &signal)?;
         Ok(Self {
-            state: State::Ready(Box::new(session)),
-            scratch: Some(scratch),
+            phase: Phase::Ready(Box::new(session)),
             signal,
-            store: store.clone(),
+            shared: Arc::clone(shared),
             options,
             new_tools: Vec::new(),
             image: image.clone(),
@@ -94,61 +123,149 @@ impl WasmEnvironment {
         Turn::Entry(self.image.manifest().entry)
     }
 
-    /// The session, when no checkpoint is being taken and nothing of a dropped turn is left.
+    /// The session, awake, when no checkpoint is being taken and nothing of a dropped turn is left.
     async fn session(&mut self) -> Result<&mut Session> {
         self.saved().await;
-        if let State::Ready(session) = &mut self.state
+        self.wake().await?;
+        if let Phase::Ready(session) = &mut self.phase
             && session.guest().running
         {
             // The future of the last turn was dropped in the middle.
             self.roll_back()?;
         }
-        match &mut self.state {
-            State::Ready(session) => {
+        match &mut self.phase {
+            Phase::Ready(session) => {
                 for tool in self.new_tools.drain(..) {
                     session.guest_mut().conversation.add_tool(tool)?;
                 }
                 Ok(session)
             }
-            State::Lost(reason) => Err(Error::Poisoned { reason: reason.clone() }),
-            State::Saving(_) => Err(Error::Internal("a checkpoint did not end".into())),
+            Phase::Lost(reason) => Err(Error::Poisoned { reason: reason.clone() }),
+            Phase::Saving(_) | Phase::Asleep(_) => {
+                Err(Error::Internal("a session is not where it should be".into()))
+            }
         }
     }
 
     /// Waits for the checkpoint that is being taken, if any.
     async fn saved(&mut self) {
-        if let State::Saving(task) = &mut self.state {
-            self.state = match task.await {
-                Ok(Ok(session)) => State::Ready(session),
-                Ok(Err(e)) => State::Lost(format!("taking a checkpoint failed: {e}")),
-                Err(e) => State::Lost(format!("taking a checkpoint failed: {e}")),
+        if let Phase::Saving(Saving { task, .. }) = &mut self.phase {
+            self.phase = match task.await {
+                Ok(Ok(session)) => Phase::Ready(session),
+                Ok(Err(e)) => Phase::Lost(format!("taking a checkpoint failed: {e}")),
+                Err(e) => Phase::Lost(format!("taking a checkpoint failed: {e}")),
             };
         }
     }
 
     fn roll_back(&mut self) -> Result<()> {
-        let State::Ready(session) = &mut self.state else { return Ok(()) };
+        let Phase::Ready(session) = &mut self.phase else { return Ok(()) };
         session.guest_mut().conversation.abandon();
         let result = session.roll_back();
         if let Err(error) = &result {
-            self.state = State::Lost(format!("rolling back failed: {error}"));
+            self.phase = Phase::Lost(format!("rolling back failed: {error}"));
         }
         result
     }
 
     /// Takes the checkpoint of the state that the last turn left, while nobody waits for it.
     fn save_in_background(&mut self) {
-        let state = std::mem::replace(&mut self.state, State::Lost("a checkpoint was lost".into()));
-        self.state = match state {
-            State::Ready(mut session) => {
-                session.guest_mut().conversation.keep();
-                State::Saving(tokio::task::spawn_blocking(move || {
-                    session.save()?;
-                    Ok(session)
-                }))
-            }
-            other => other,
+        let phase = std::mem::replace(&mut self.phase, Phase::Lost("a checkpoint was lost".into()));
+        let Phase::Ready(mut session) = phase else {
+            self.phase = phase;
+            return;
         };
+        session.guest_mut().conversation.keep();
+        let unwanted = Arc::new(AtomicBool::new(false));
+        let no_need = Arc::clone(&unwanted);
+        // On the thread of the cell: its caches know what it wrote, and no other has to wake up.
+        let task = tokio::spawn(async move {
+            if no_need.load(Ordering::Acquire) {
+                return Ok(session);
+            }
+            let written = session.written();
+            if written.bytes() <= SAVE_BYTES_MAX {
+                return session.save(written).map(|()| session);
+            }
+            let blocking = tokio::task::spawn_blocking(move || {
+                session.save(written)?;
+                Ok(session)
+            });
+            blocking.await.map_err(|e| Error::Internal(format!("the checkpoint's thread: {e}")))?
+        });
+        self.phase = Phase::Saving(Saving { task, unwanted });
+    }
+
+    /// Gives up the session's memory: it becomes a file, and the next use brings it back. What it
+    /// shares with a template stays in memory as long as it's shared. Returns the file's size in
+    /// bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] naming the files that the guest has open, [`Error::Io`] when there is no
+    /// room for the file. The session is as it was then.
+    pub async fn hibernate(&mut self) -> Result<u64> {
+        self.saved().await;
+        if let Phase::Asleep(asleep) = &self.phase {
+            return Ok(asleep.bytes());
+        }
+        let (shared, image) = (Arc::clone(&self.shared), self.image.base());
+        let session = self.session().await?;
+        let saved = Saved::capture(&image, session)?;
+        let runs = session.checkpoint().runs().iter();
+        // The capture has every run once more.
+        let runs = runs.filter(|run| !session.is_own(run)).cloned().collect();
+        let write = move || Asleep::new(&shared, &saved, runs);
+        let asleep = tokio::task::spawn_blocking(write).await;
+        let asleep = asleep.map_err(|e| Error::Internal(format!("hibernating: {e}")))??;
+        let bytes = asleep.bytes();
+        release(std::mem::replace(&mut self.phase, Phase::Asleep(asleep)));
+        Ok(bytes)
+    }
+
+    /// Whether the session is hibernated.
+    #[must_use]
+    pub fn is_hibernated(&self) -> bool {
+        matches!(self.phase, Phase::Asleep(_))
+    }
+
+    /// Bytes of memory that only this session takes, as of its last checkpoint: the pages that it
+    /// wrote, and their copies for the rollback. `None` while a checkpoint is being taken.
+    #[must_use]
+    pub fn private_bytes(&self) -> Option<u64> {
+        match &self.phase {
+            Phase::Ready(session) => Some(session.private_bytes() as u64),
+            Phase::Asleep(_) | Phase::Lost(_) => Some(0),
+            Phase::Saving(_) => None,
+        }
+    }
+
+    async fn wake(&mut self) -> Result<()> {
+        let Phase::Asleep(_) = self.phase else { return Ok(()) };
+        let lost = Phase::Lost("a hibernated session was being woken".into());
+        let Phase::Asleep(asleep) = std::mem::replace(&mut self.phase, lost) else {
+            return Ok(());
+        };
+        let (shared, image) = (Arc::clone(&self.shared), self.image.base());
+        let (options, signal) = (self.options.clone(), Arc::clone(&self.signal));
+        let wake = move || {
+            let session = asleep.read(&image).and_then(|saved| {
+                opening::open(&shared, &image, &options, Origin::Saved(&saved), &signal)
+            });
+            session.map_err(|error| (error, asleep))
+        };
+        match tokio::task::spawn_blocking(wake).await {
+            Ok(Ok(session)) => {
+                self.new_tools.clear();
+                self.phase = Phase::Ready(Box::new(session));
+                Ok(())
+            }
+            Ok(Err((error, asleep))) => {
+                self.phase = Phase::Asleep(asleep);
+                Err(error)
+            }
+            Err(e) => Err(Error::Internal(format!("waking a session: {e}"))),
+        }
     }
 
     /// One turn that isn't a cell.
@@ -205,7 +322,7 @@ impl WasmEnvironment {
 
     /// The result of a cell that the host ended, and the rollback that goes with it.
     fn stopped(&mut self, end: TurnEnd, usage: Usage) -> Result<Execution> {
-        let State::Ready(session) = &mut self.state else {
+        let Phase::Ready(session) = &mut self.phase else {
             return Err(Error::Internal("a cell ended without a session".into()));
         };
         let guest = session.guest_mut();
@@ -247,41 +364,44 @@ impl WasmEnvironment {
 
 impl Drop for WasmEnvironment {
     fn drop(&mut self) {
-        release(std::mem::replace(&mut self.state, State::Lost("dropped".into())));
+        release(std::mem::replace(&mut self.phase, Phase::Lost("dropped".into())));
     }
 }
 
 /// Lets another session have the instance, in the background.
-fn release(state: State) {
+fn release(phase: Phase) {
     // Outside a runtime the instance is not worth a wait: it's simply dropped.
     let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-    match state {
-        State::Ready(session) => drop(runtime.spawn_blocking(move || session.recycle())),
-        State::Saving(task) => drop(runtime.spawn(async move {
-            if let Ok(Ok(session)) = task.await {
-                tokio::task::spawn_blocking(move || session.recycle());
-            }
-        })),
-        State::Lost(_) => {}
+    match phase {
+        Phase::Ready(session) => drop(runtime.spawn(async move { session.recycle() })),
+        Phase::Saving(Saving { task, unwanted }) => {
+            unwanted.store(true, Ordering::Release);
+            runtime.spawn(async move {
+                if let Ok(Ok(session)) = task.await {
+                    session.recycle();
+                }
+            });
+        }
+        Phase::Asleep(_) | Phase::Lost(_) => {}
     }
 }
 
 #[async_trait]
 impl Environment for WasmEnvironment {
     fn status(&self) -> Status {
-        match self.state {
-            State::Ready(_) | State::Saving(_) => Status::Ready,
-            State::Lost(_) => Status::Poisoned,
+        match self.phase {
+            Phase::Ready(_) | Phase::Saving(_) | Phase::Asleep(_) => Status::Ready,
+            Phase::Lost(_) => Status::Poisoned,
         }
     }
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            backend: "wasm",
+            backend: BACKEND,
             isolated: true,
             fuel: true,
             rollback: true,
-            snapshot: false,
+            snapshot: true,
             deterministic: true,
         }
     }
@@ -374,69 +494,57 @@ impl Environment for WasmEnvironment {
         Ok(())
     }
 
+    async fn snapshot(&mut self) -> Result<Snapshot> {
+        let image = self.image.base();
+        let session = self.session().await?;
+        Ok(Snapshot::new(Saved::capture(&image, session)?))
+    }
+
+    async fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let saved = snapshot.data::<Saved>(BACKEND)?;
+        saved.check_image(&self.image)?;
+        saved.check(&self.options.limits)?;
+        if self.status() == Status::Poisoned {
+            self.reset().await?;
+        }
+        let session = self.session().await?;
+        let restored = opening::restore(session.guest_mut(), saved)
+            .and_then(|()| session.restore(saved.state_for_restore()));
+        if let Err(error) = &restored {
+            self.phase = Phase::Lost(format!("restoring a snapshot failed: {error}"));
+        }
+        restored
+    }
+
+    async fn fork(&mut self) -> Result<Box<dyn Environment>> {
+        let snapshot = self.snapshot().await?;
+        let saved = snapshot.data::<Saved>(BACKEND)?;
+        Ok(Box::new(Self::resume(&self.shared, saved, self.options.clone())?))
+    }
+
     async fn reset(&mut self) -> Result<()> {
         self.saved().await;
-        // All that can fail comes first: a session that can't be reset stays what it was.
-        let scratch = Scratch::new(&self.store.scratch())?;
-        let signal = Arc::clone(&self.signal);
-        let guest = guest(&self.store, &self.image, &self.options, &scratch, signal)?;
-        let session = Session::new(Arc::clone(&self.image.0.start), guest)?;
-        release(std::mem::replace(&mut self.state, State::Ready(Box::new(session))));
-        self.scratch = Some(scratch);
+        // A session that can't be opened leaves the old one what it was.
+        let origin = self.image.origin();
+        let session =
+            opening::open(&self.shared, &self.image, &self.options, origin, &self.signal)?;
+        release(std::mem::replace(&mut self.phase, Phase::Ready(Box::new(session))));
         self.new_tools.clear();
         Ok(())
     }
 
     async fn close(mut self: Box<Self>) -> Result<()> {
         self.saved().await;
-        match self.scratch.take() {
-            Some(scratch) => scratch.close(),
-            None => Ok(()),
+        match &mut self.phase {
+            // An empty one that was never used is worth keeping.
+            Phase::Ready(session) if !session.guest().files.is_unused() => {
+                session.guest_mut().scratch.take().map_or(Ok(()), Scratch::close)
+            }
+            _ => Ok(()),
         }
     }
 }
 
 fn streams(bytes: usize) -> Streams {
     Streams { stdout: Capture::new(bytes), stderr: Capture::new(bytes) }
-}
-
-/// The data of a new session's store.
-fn guest(
-    store: &Store,
-    image: &Image,
-    options: &EnvironmentOptions,
-    scratch: &Scratch,
-    signal: Arc<Signal>,
-) -> Result<Guest> {
-    let mut policy = Policy { ..options.policy.clone() };
-    if image.manifest().site {
-        policy.mounts.insert(0, site_mount(&store.image(&image.manifest().key).join(SITE)));
-    }
-    let clock = VirtualClock::new(policy.clock);
-    let directories = Directories {
-        stdlib: &image.0.guests.compiled.stdlib(),
-        scratch: scratch.path(),
-        root: &store.empty(),
-    };
-    let mounts: Vec<String> = policy.mounts.iter().map(|mount| mount.guest.clone()).collect();
-    let limits = &options.limits;
-    let mut seed = [0; 16];
-    match policy.seed {
-        Some(value) => seed[..8].copy_from_slice(&value.to_le_bytes()),
-        None => rand::rng().fill(&mut seed),
-    }
-    Ok(Guest {
-        wasi: wasi::context(&directories, &policy, clock.as_ref())?,
-        files: Files::new(scratch.path(), limits.disk_bytes, &mounts, image.manifest().dot),
-        clock,
-        streams: Streams::default(),
-        conversation: Conversation::new(options, seed)?,
-        budget: Budget::start(limits.clone()),
-        memory_limit: MemoryLimit::new(limits.memory_bytes),
-        signal,
-        handles: None,
-        fault: None,
-        refused_bytes: None,
-        running: false,
-    })
 }

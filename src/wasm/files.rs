@@ -4,20 +4,26 @@
 //! library, `/tmp`, and an empty `/`. Mounts that a session adds are reached through `/`: a path
 //! below it that begins with a mount's guest path goes on in the mount's own directory.
 
-use std::collections::HashSet;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tempfile::TempDir;
 
 use crate::error::{Error, Result};
 use crate::image::is_older_than;
+use crate::snapshot::format::SavedFile;
 
 /// The descriptor of the empty directory `/`, by which mounts are reached. Every session opens the
 /// standard library as 3, `/tmp` as 4 and this as 5.
 pub(crate) const ROOT_FD: u32 = 5;
+const STDLIB_FD: u32 = 3;
+const SCRATCH_FD: u32 = 4;
 /// The first mount.
 pub(crate) const FIRST_MOUNT_FD: u32 = 6;
 
@@ -29,40 +35,87 @@ pub(crate) const DIRECTORY_BYTES: u64 = 64 << 10;
 /// Descriptors that a session may have open beside those it starts with.
 const OPEN_MAX: usize = 256;
 
-/// A scratch directory, removed with its last file when it is dropped.
-///
-/// It is locked as long as its process lives, so that leftovers of dead ones can be told apart, also
-/// from within another container.
+/// Where the scratch directories of one process are. It is locked as long as the process lives, so
+/// that leftovers of dead ones can be told apart, also from within another container.
 #[derive(Debug)]
-pub(crate) struct Scratch {
+pub(crate) struct Scratches {
     directory: TempDir,
     _lock: File,
+    next: AtomicU64,
 }
 
 /// Directories that are younger are left alone: they may not be locked yet.
 const LEFTOVER_AGE_MIN: Duration = Duration::from_secs(60);
 
-impl Scratch {
-    /// A new directory in `parent`.
+impl Scratches {
+    /// A new directory in `parent`, for scratch directories and what else a process leaves on disk
+    /// while it lives. Removes those of dead processes.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] when it can't be made or locked.
-    pub(crate) fn new(parent: &Path) -> Result<Self> {
+    pub(crate) fn open(parent: &Path) -> Result<Arc<Self>> {
+        remove_leftovers(parent);
         let make = || {
             let directory = tempfile::Builder::new().tempdir_in(parent)?;
             let lock = File::open(directory.path())?;
             lock.lock()?;
-            Ok(Self { directory, _lock: lock })
+            Ok(Self { directory, _lock: lock, next: AtomicU64::new(0) })
         };
-        make().map_err(|e| {
+        make().map(Arc::new).map_err(|e| {
             Error::io(format!("making a scratch directory in {}", parent.display()), e)
         })
     }
 
+    /// A path in it that nobody has.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory.path().join(self.next.fetch_add(1, Ordering::Relaxed).to_string())
+    }
+}
+
+/// The scratch directory of one session, removed with everything in it when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    path: PathBuf,
+    /// Outlives what is in it.
+    _parent: Arc<Scratches>,
+}
+
+impl Scratch {
+    /// A new directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when it can't be made.
+    pub(crate) fn new(parent: &Arc<Scratches>) -> Result<Self> {
+        let path = parent.path();
+        let made = DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|e| Error::io(format!("making the scratch directory {}", path.display()), e))?;
+        Ok(Self { path, _parent: Arc::clone(parent) })
+    }
+
     /// The directory.
     pub(crate) fn path(&self) -> &Path {
-        self.directory.path()
+        &self.path
+    }
+
+    /// Removes everything in the directory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when something resists.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let clear = || {
+            for entry in fs::read_dir(&self.path)? {
+                let entry = entry?;
+                match entry.file_type()?.is_dir() {
+                    true => fs::remove_dir_all(entry.path())?,
+                    false => fs::remove_file(entry.path())?,
+                }
+            }
+            Ok(())
+        };
+        clear().map_err(|e| Error::io(format!("clearing {}", self.path.display()), e))
     }
 
     /// Removes the directory and reports what resists, which dropping can't.
@@ -71,13 +124,28 @@ impl Scratch {
     ///
     /// [`Error::Io`] when something resists.
     pub(crate) fn close(self) -> Result<()> {
-        let path = self.path().to_owned();
-        self.directory.close().map_err(|e| Error::io(format!("removing {}", path.display()), e))
+        self.remove().map_err(|e| Error::io(format!("removing {}", self.path.display()), e))
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        // Nearly always it's empty, and then this is one call.
+        match fs::remove_dir(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(_) => fs::remove_dir_all(&self.path),
+            done => done,
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What resists goes with the parent, or with the next process's look at leftovers.
+        let _ = self.remove();
     }
 }
 
 /// Removes scratch directories that no living process has locked.
-pub(crate) fn remove_leftovers(parent: &Path) {
+fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for path in entries.flatten().map(|entry| entry.path()) {
         let unlocked = File::open(&path).is_ok_and(|directory| directory.try_lock().is_ok());
@@ -106,10 +174,13 @@ pub(crate) struct Files {
     /// What was ever written to mounts.
     mount_bytes: u64,
     mount_fds: HashSet<u32>,
-    /// Descriptors that the guest opened and didn't close.
-    open: HashSet<u32>,
+    /// Descriptors that the guest opened and didn't close, with the guest's paths.
+    open: BTreeMap<u32, String>,
     /// Those of them that the checkpoint's memory knows.
-    kept: HashSet<u32>,
+    kept: BTreeSet<u32>,
+    /// Whether anything but the standard library was ever opened or changed: if not, descriptors and
+    /// scratch are as they were when the session began.
+    used: bool,
     /// Whether a file was removed while some were open: a removed file keeps its bytes until it's
     /// closed.
     orphans: bool,
@@ -135,8 +206,9 @@ impl Files {
             scratch_bytes: 0,
             mount_bytes: 0,
             mount_fds: routes.iter().map(|route| route.fd).collect(),
-            open: HashSet::new(),
-            kept: HashSet::new(),
+            open: BTreeMap::new(),
+            kept: BTreeSet::new(),
+            used: false,
             orphans: false,
             first_own_fd: FIRST_MOUNT_FD + mounts.len() as u32,
             routes,
@@ -146,6 +218,7 @@ impl Files {
 
     /// Makes room for `bytes` more through descriptor `fd`; `false` is "no space left".
     pub(crate) fn reserve(&mut self, fd: u32, bytes: u64) -> bool {
+        self.used = true;
         let wanted = |files: &Self| {
             files.scratch_bytes.saturating_add(files.mount_bytes).saturating_add(bytes)
         };
@@ -173,13 +246,54 @@ impl Files {
     }
 
     /// Notes that `opened` was opened through `directory`.
-    pub(crate) fn opened(&mut self, directory: u32, opened: u32) {
-        self.open.insert(opened);
+    pub(crate) fn opened(&mut self, directory: u32, opened: u32, path: String) {
+        self.open.insert(opened, path);
+        self.used |= directory != STDLIB_FD;
         if self.mount_fds.contains(&directory) {
             self.mount_fds.insert(opened);
         } else {
             self.mount_fds.remove(&opened);
         }
+    }
+
+    /// The guest's paths of what it has open.
+    pub(crate) fn open_paths(&self) -> impl Iterator<Item = &str> {
+        self.open.values().map(String::as_str)
+    }
+
+    /// All descriptors that the guest has opened.
+    pub(crate) fn open_fds(&self) -> Vec<u32> {
+        self.open.keys().copied().collect()
+    }
+
+    /// The guest's name of a descriptor that its session started with, or that it opened.
+    pub(crate) fn directory_path(&self, fd: u32) -> String {
+        match fd {
+            STDLIB_FD => "/usr/local/lib".into(),
+            SCRATCH_FD => "/tmp".into(),
+            ROOT_FD => String::new(),
+            _ => match self.routes.iter().find(|route| route.fd == fd) {
+                Some(route) => format!("/{}", route.path),
+                None => self.open.get(&fd).cloned().unwrap_or_default(),
+            },
+        }
+    }
+
+    /// Whether descriptors and scratch are as they were when the session began.
+    pub(crate) fn is_unused(&self) -> bool {
+        !self.used && self.open.is_empty()
+    }
+
+    /// What was ever written to mounts, in bytes.
+    pub(crate) fn mount_bytes(&self) -> u64 {
+        self.mount_bytes
+    }
+
+    /// Goes on with the account of a session that was saved.
+    pub(crate) fn resume(&mut self, mount_bytes: u64) {
+        self.mount_bytes = self.mount_bytes.max(mount_bytes);
+        self.scratch_bytes = used_bytes(&self.scratch).unwrap_or(self.bytes_max);
+        self.used |= self.scratch_bytes > 0;
     }
 
     /// Whether a descriptor is the guest's own, and not one that every session starts with: those
@@ -198,8 +312,9 @@ impl Files {
     /// Notes that the guest gave a descriptor another number.
     pub(crate) fn renumbered(&mut self, from: u32, to: u32) {
         let is_mount = self.mount_fds.contains(&from);
+        let path = self.open.get(&from).cloned().unwrap_or_default();
         self.closed(from);
-        self.open.insert(to);
+        self.open.insert(to, path);
         if is_mount {
             self.mount_fds.insert(to);
         }
@@ -207,16 +322,19 @@ impl Files {
 
     /// Notes that a checkpoint is taken.
     pub(crate) fn keep(&mut self) {
-        self.kept.clone_from(&self.open);
+        if !self.open.is_empty() || !self.kept.is_empty() {
+            self.kept = self.open.keys().copied().collect();
+        }
     }
 
     /// The descriptors that were opened since the last checkpoint.
     pub(crate) fn since_checkpoint(&self) -> Vec<u32> {
-        self.open.difference(&self.kept).copied().collect()
+        self.open.keys().filter(|fd| !self.kept.contains(fd)).copied().collect()
     }
 
     /// Notes that a name was removed or replaced.
     pub(crate) fn removed(&mut self) {
+        self.used = true;
         self.orphans |= !self.open.is_empty();
     }
 
@@ -249,6 +367,43 @@ impl Files {
         }
         here
     }
+}
+
+/// What is in a directory, parents before children, in a fixed order.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] for a name that isn't UTF-8, [`Error::Io`] for what can't be read.
+pub(crate) fn read_tree(root: &Path) -> Result<Vec<SavedFile>> {
+    let mut files = Vec::new();
+    let mut pending = vec![(root.to_owned(), String::new())];
+    while let Some((directory, prefix)) = pending.pop() {
+        let context = |e| Error::io("reading the session's files", e);
+        let entries: io::Result<Vec<_>> = fs::read_dir(&directory).map_err(context)?.collect();
+        let mut entries = entries.map_err(context)?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let unnamed = |name: &std::ffi::OsStr| {
+                let name = name.display();
+                let reason = format!("`/tmp/{prefix}{name}` can't be saved: no name in UTF-8");
+                Error::invalid("snapshot", reason)
+            };
+            let name = entry.file_name().into_string().map_err(|name| unnamed(&name))?;
+            let path = format!("{prefix}{name}");
+            let kind = entry.file_type().map_err(context)?;
+            files.push(if kind.is_dir() {
+                pending.push((entry.path(), format!("{path}/")));
+                SavedFile::Directory { path }
+            } else if kind.is_symlink() {
+                let target = fs::read_link(entry.path()).map_err(context)?;
+                let target = target.into_os_string().into_string();
+                SavedFile::Link { path, target: target.map_err(|name| unnamed(&name))? }
+            } else {
+                SavedFile::File { path, bytes: fs::read(entry.path()).map_err(context)? }
+            });
+        }
+    }
+    Ok(files)
 }
 
 /// What a directory tree takes on the disk, charged as [`Files::reserve`] charges it.
@@ -299,7 +454,7 @@ mod tests {
     #[test]
     fn the_quota_counts_anew_before_it_refuses() {
         let parent = tempfile::tempdir().unwrap();
-        let scratch = Scratch::new(parent.path()).unwrap();
+        let scratch = Scratch::new(&Scratches::open(parent.path()).unwrap()).unwrap();
         let mut files = Files::new(scratch.path(), 100_000, &[], 0);
         assert!(files.reserve(9, 90_000));
         // Nothing was really written: the next reservation finds the directory empty.
@@ -313,9 +468,9 @@ mod tests {
     #[test]
     fn removed_files_that_are_open_still_count() {
         let parent = tempfile::tempdir().unwrap();
-        let scratch = Scratch::new(parent.path()).unwrap();
+        let scratch = Scratch::new(&Scratches::open(parent.path()).unwrap()).unwrap();
         let mut files = Files::new(scratch.path(), 100_000, &[], 0);
-        files.opened(4, 9);
+        files.opened(4, 9, "/tmp/f".into());
         files.removed();
         assert!(files.reserve(9, 90_000));
         assert!(!files.reserve(9, 90_000));
@@ -331,12 +486,12 @@ mod tests {
             File::open(path).unwrap().set_modified(long_ago).unwrap();
         };
         let (dead, young) = (parent.path().join("dead"), parent.path().join("young"));
-        let alive = Scratch::new(parent.path()).unwrap();
+        let alive = Scratches::open(parent.path()).unwrap();
         fs::create_dir(&dead).unwrap();
         fs::create_dir(&young).unwrap();
         old(&dead);
-        old(alive.path());
+        old(alive.directory.path());
         remove_leftovers(parent.path());
-        assert!(!dead.exists() && young.exists() && alive.path().exists());
+        assert!(!dead.exists() && young.exists() && alive.directory.path().exists());
     }
 }

@@ -18,12 +18,15 @@ use wasmtime_wasi::p1::WasiP1Ctx;
 
 use super::budget::{Budget, Verdict};
 use super::clock::VirtualClock;
-use super::files::Files;
+use super::files::{Files, Scratch};
+use super::opening::Kept;
+use super::random::SeededRandom;
 use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
 use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
+use crate::snapshot::SessionRecord;
 
 /// Bytes that cost one unit of fuel when the host moves them for the guest.
 const BYTES_PER_FUEL: u64 = 1;
@@ -155,7 +158,12 @@ impl ResourceLimiter for MemoryLimit {
 pub(crate) struct Guest {
     pub(crate) wasi: WasiP1Ctx,
     pub(crate) files: Files,
+    /// `None` when an image is booted, and when no session has the instance.
+    pub(crate) scratch: Option<Scratch>,
+    /// Whether another session may have descriptors and scratch, as long as they are unused.
+    pub(crate) plain: bool,
     pub(crate) clock: Option<Arc<VirtualClock>>,
+    pub(crate) random: Option<Arc<SeededRandom>>,
     pub(crate) streams: Streams,
     pub(crate) conversation: Conversation,
     pub(crate) budget: Budget,
@@ -181,20 +189,43 @@ impl Guest {
         self.handles.clone().ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
     }
 
-    /// Lets go of everything that belongs to a tenant; only the instance's handles stay.
+    /// What a snapshot has of this, beside the files.
+    pub(crate) fn record(&self) -> SessionRecord {
+        let (cells, told) = self.conversation.record();
+        SessionRecord {
+            cells,
+            told,
+            seed: self.random.as_ref().map(|random| random.seed()),
+            random_bytes: self.random.as_ref().map_or(0, |random| random.position()),
+            clock: self.clock.as_ref().map(|clock| clock.record()),
+            mount_bytes: self.files.mount_bytes(),
+        }
+    }
+
+    /// Lets go of everything that belongs to a tenant. What stays is the instance's handles, and
+    /// descriptors and scratch directory if they were never used.
     ///
     /// # Errors
     ///
     /// None that a default configuration has.
     pub(crate) fn vacate(&mut self) -> crate::error::Result<()> {
-        let limits = Limits::default();
+        let empty = || WasiCtxBuilder::new().build_p1();
+        let (wasi, scratch) = match self.scratch.take() {
+            Some(scratch) if self.plain && self.files.is_unused() => {
+                (std::mem::replace(&mut self.wasi, empty()), Some(scratch))
+            }
+            _ => (empty(), None),
+        };
         *self = Self {
-            wasi: WasiCtxBuilder::new().build_p1(),
+            wasi,
             files: Files::new(Path::new(""), 0, &[], 0),
+            scratch,
+            plain: false,
             clock: None,
+            random: None,
             streams: Streams::default(),
             conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
-            budget: Budget::start(limits),
+            budget: Budget::start(Limits::default()),
             memory_limit: MemoryLimit::new(0),
             signal: Arc::default(),
             handles: self.handles.take(),
@@ -203,6 +234,13 @@ impl Guest {
             running: false,
         };
         Ok(())
+    }
+
+    /// What a vacated instance has for the next session.
+    pub(crate) fn take_kept(&mut self) -> Option<Kept> {
+        let scratch = self.scratch.take()?;
+        let wasi = std::mem::replace(&mut self.wasi, WasiCtxBuilder::new().build_p1());
+        Some(Kept { wasi, scratch })
     }
 
     fn fault(&mut self, error: Error) -> wasmtime::Error {

@@ -2,18 +2,20 @@
 //!
 //! A [`Slot`] reserves the whole reach of a 32-bit memory plus a guard, maps an image at its bottom
 //! (`MAP_PRIVATE`: a page is copied when the guest first writes it), and lets it grow into zero
-//! pages. wasmtime gets it through [`SlotCreator`]; the session keeps a second handle, with which it
-//! asks which pages the guest wrote and rewinds the slot after a hard stop.
+//! pages. Runs of pages that differ from the image and are large lie in files of their own, mapped
+//! over it ([`Run`]). wasmtime gets a slot through [`SlotCreator`]; the session keeps a second handle,
+//! with which it asks which pages the guest wrote and brings the memory to another state.
 //!
 //! Image files are written once, renamed into place and never changed: a mapped file that shrinks
 //! would turn a guest's access into `SIGBUS`.
+
+mod image;
 
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,6 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
 
+pub(crate) use self::image::{MemoryImage, Run};
 use crate::error::{Error, Result};
 
 /// Bytes of a Wasm page.
@@ -38,111 +41,13 @@ pub(crate) const GC_RESERVATION: usize = 64 << 20;
 /// As [`GUARD`], for that heap. Must agree with `Config::gc_heap_guard_size`.
 pub(crate) const GC_GUARD: usize = 1 << 20;
 
+/// A memory that grows by this many bytes at once is about to hold one large object: with huge pages
+/// filling it takes half the time. Smaller growth would only waste them.
+const HUGE_GROWTH: usize = 4 << 20;
+
 const _: () = assert!(RESERVATION.is_multiple_of(WASM_PAGE) && GUARD.is_multiple_of(WASM_PAGE));
 const _: () = assert!(GC_RESERVATION < RESERVATION, "the reservation tells the kind of memory");
 const _: () = assert!(size_of::<usize>() == 8, "Kaa needs a 64-bit address space");
-
-/// The memory of an image: an immutable file of whole Wasm pages.
-#[derive(Debug)]
-pub(crate) struct MemoryImage {
-    file: File,
-    bytes: usize,
-}
-
-impl MemoryImage {
-    /// An image over the first `bytes` bytes of `file`, which must stay as it is.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Incompatible`] when the file isn't that long or `bytes` isn't whole Wasm pages.
-    pub(crate) fn new(file: File, bytes: usize) -> Result<Self> {
-        let found = file.metadata().map_err(|e| Error::io("reading a memory image", e))?.len();
-        if found != bytes as u64 || !bytes.is_multiple_of(WASM_PAGE) || bytes > RESERVATION {
-            return Err(Error::Incompatible {
-                what: "the memory image".into(),
-                expected: format!("{bytes} bytes in whole pages of {WASM_PAGE}"),
-                found: format!("{found} bytes"),
-            });
-        }
-        Ok(Self { file, bytes })
-    }
-
-    /// An image of this memory, held in memory that the system can account and swap, by nobody's
-    /// name. Zero pages take no room.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] when there is no room for it.
-    pub(crate) fn of(memory: &[u8]) -> Result<Self> {
-        const CHUNK: usize = WASM_PAGE;
-        let write = || {
-            let file = anonymous_file()?;
-            file.set_len(memory.len() as u64)?;
-            for (at, chunk) in memory.chunks(CHUNK).enumerate() {
-                if chunk.iter().any(|byte| *byte != 0) {
-                    file.write_all_at(chunk, (at * CHUNK) as u64)?;
-                }
-            }
-            seal(&file)?;
-            Ok(file)
-        };
-        let file = write().map_err(|e| Error::io("saving a session's memory", e))?;
-        Self::new(file, memory.len())
-    }
-
-    /// Size of the image's memory.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Makes `range` of `memory` as in the image.
-    pub(crate) fn copy_to(&self, memory: &mut [u8], range: Range<usize>) -> io::Result<()> {
-        self.file.read_exact_at(&mut memory[range.clone()], range.start as u64)
-    }
-
-    /// Tells each page of `memory` that isn't as in the image; what can't be read counts as one.
-    pub(crate) fn differing(&self, memory: &[u8], mut tell: impl FnMut(Range<usize>)) {
-        const CHUNK: usize = 1 << 20;
-        const PAGE: usize = 4096;
-        let mut original = vec![0u8; CHUNK];
-        for start in (0..memory.len()).step_by(CHUNK) {
-            let end = memory.len().min(start + CHUNK);
-            let readable = self.bytes.clamp(start, end) - start;
-            let read = self.file.read_exact_at(&mut original[..readable], start as u64).is_ok();
-            original[readable..].fill(0);
-            for at in (start..end).step_by(PAGE) {
-                if !read || memory[at..at + PAGE] != original[at - start..at - start + PAGE] {
-                    tell(at..at + PAGE);
-                }
-            }
-        }
-    }
-}
-
-#[cfg(target_os = "linux")]
-fn anonymous_file() -> io::Result<File> {
-    use rustix::fs::{MemfdFlags, memfd_create};
-    Ok(memfd_create("kaa-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into())
-}
-
-/// Makes sure that the file stays as it is: a mapped file that shrinks is a `SIGBUS`.
-#[cfg(target_os = "linux")]
-fn seal(file: &File) -> io::Result<()> {
-    use rustix::fs::{SealFlags, fcntl_add_seals};
-    let all = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
-    Ok(fcntl_add_seals(file, all)?)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn anonymous_file() -> io::Result<File> {
-    tempfile::tempfile()
-}
-
-/// Nobody else has the file: it has no name.
-#[cfg(not(target_os = "linux"))]
-fn seal(_file: &File) -> io::Result<()> {
-    Ok(())
-}
 
 /// Address space that nothing else uses: inaccessible until a part of it is opened.
 #[derive(Debug)]
@@ -222,6 +127,22 @@ impl Reservation {
         }
         Ok(())
     }
+
+    /// Asks for huge pages in `range`, where the system has them.
+    fn prefer_huge_pages(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range of the reservation");
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::mm::{Advice, madvise};
+            #[expect(unsafe_code, reason = "advises about the value's own reservation")]
+            // SAFETY: the range lies in a mapping that this value owns (checked above), and this
+            // advice changes no contents. A kernel without huge pages refuses it, without harm.
+            let _ = unsafe {
+                let start = self.base.as_ptr().byte_add(range.start).cast();
+                madvise(start, range.end - range.start, Advice::LinuxHugepage)
+            };
+        }
+    }
 }
 
 impl Drop for Reservation {
@@ -251,7 +172,7 @@ impl Slot {
         let space = Reservation::new(RESERVATION + GUARD)
             .map_err(|e| Error::io("reserving 4 GiB of address space for a session", e))?;
         let mut slot = Self { space, image, accessible: AtomicUsize::new(0) };
-        let bytes = slot.image.bytes;
+        let bytes = slot.image.bytes();
         slot.map(bytes)?;
         Ok(slot)
     }
@@ -272,7 +193,7 @@ impl Slot {
     pub(crate) fn rewind(&mut self, image: &Arc<MemoryImage>, bytes: usize) -> Result<()> {
         self.image = Arc::clone(image);
         assert!(
-            bytes >= image.bytes && bytes <= RESERVATION,
+            bytes >= image.bytes() && bytes <= RESERVATION,
             "a memory never shrinks below its image"
         );
         #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
@@ -288,7 +209,7 @@ impl Slot {
 
     /// Maps the image at the bottom of a slot that holds nothing, and opens zeros up to `bytes`.
     fn map(&mut self, bytes: usize) -> Result<()> {
-        let image_bytes = self.image.bytes;
+        let image_bytes = self.image.bytes();
         if image_bytes > 0 {
             #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
             // SAFETY: `image_bytes` is at most `RESERVATION` (checked in `MemoryImage::new`), so that
@@ -296,7 +217,7 @@ impl Slot {
             let result = unsafe {
                 let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
                 let writable = ProtFlags::READ | ProtFlags::WRITE;
-                rustix::mm::mmap(self.base(), image_bytes, writable, flags, &self.image.file, 0)
+                rustix::mm::mmap(self.base(), image_bytes, writable, flags, self.image.file(), 0)
             };
             result.map_err(|e| Error::io("mapping an image into a session", e.into()))?;
         }
@@ -304,6 +225,83 @@ impl Slot {
             .open(image_bytes..bytes)
             .map_err(|e| Error::io("opening a session's memory", e))?;
         self.accessible.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// Lays `run` over what is there; what the guest wrote there is gone.
+    ///
+    /// `memory` is the instance's own sight of this slot: borrowing it for writing proves that
+    /// nobody else looks at it, and that no guest runs in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the system refuses the mapping; the memory must not be used then.
+    pub(crate) fn lay(&self, memory: &mut [u8], run: &Run) -> Result<()> {
+        self.replace(memory, run.range(), Some(run.file()))
+    }
+
+    /// Makes `range` of the memory the image again, zeros where the image has ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`lay`](Self::lay).
+    pub(crate) fn uncover(&self, memory: &mut [u8], range: Range<usize>) -> Result<()> {
+        let end = self.image.bytes().clamp(range.start, range.end);
+        if range.start < end {
+            let file = Some((self.image.file(), range.start as u64));
+            self.replace(memory, range.start..end, file)?;
+        }
+        if end < range.end {
+            self.replace(memory, end..range.end, None)?;
+        }
+        Ok(())
+    }
+
+    /// Maps a file, or zeros, over `range`.
+    fn replace(
+        &self,
+        memory: &mut [u8],
+        range: Range<usize>,
+        file: Option<(&File, u64)>,
+    ) -> Result<()> {
+        let is_own = memory.as_ptr().cast::<c_void>() == self.base().cast_const();
+        assert!(is_own && range.end <= memory.len(), "the memory is this slot's");
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        let writable = ProtFlags::READ | ProtFlags::WRITE;
+        let bytes = range.end - range.start;
+        #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
+        // SAFETY: the range lies in the accessible part of this slot (checked above), stays readable
+        // and writable, and the exclusive borrow of `memory` keeps every other reference away.
+        let result = unsafe {
+            let at = self.base().byte_add(range.start);
+            match file {
+                Some((file, offset)) => rustix::mm::mmap(at, bytes, writable, flags, file, offset),
+                None => rustix::mm::mmap_anonymous(at, bytes, writable, flags),
+            }
+        };
+        result.map(drop).map_err(|e| Error::io("mapping a part of a session's memory", e.into()))
+    }
+
+    /// Gives back what the memory has grown by, for the next session of the image. What lies in the
+    /// image's own range stays resident, whatever it holds.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when the system refuses the mapping; the slot must not be used then.
+    pub(crate) fn shrink(&mut self) -> Result<()> {
+        let (start, end) = (self.image.bytes(), self.accessible.load(Ordering::Acquire));
+        if start < end {
+            #[expect(unsafe_code, reason = "replaces mappings inside the slot's own reservation")]
+            // SAFETY: the range belongs to this slot's reservation, and with `&mut self` no
+            // reference into the mapping exists.
+            let result = unsafe {
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+                let at = self.base().byte_add(start);
+                rustix::mm::mmap_anonymous(at, end - start, ProtFlags::empty(), flags)
+            };
+            result.map_err(|e| Error::io("giving back a session's memory", e.into()))?;
+            self.accessible.store(start, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -356,6 +354,9 @@ unsafe impl LinearMemory for SlotMemory {
             wasmtime::bail!("a memory of {old} bytes can't grow to {new_size}");
         }
         self.0.space.open(old..new_size)?;
+        if new_size - old >= HUGE_GROWTH {
+            self.0.space.prefer_huge_pages(old..new_size);
+        }
         self.0.accessible.store(new_size, Ordering::Release);
         Ok(())
     }

@@ -1,6 +1,5 @@
 //! One live guest: its instance, its memory, and the checkpoint that it can go back to.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,7 +10,9 @@ use wasmtime_wasi::I32Exit;
 use super::budget::Budget;
 use super::guest::{Guest, Halt, Handles};
 use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
-use super::memory::{MemoryImage, Slot, with_slot};
+use super::memory::{MemoryImage, Run, Slot, WASM_PAGE, with_slot};
+use super::opening::Kept;
+use super::state::{PAGE, RUNS_MAX, State};
 use super::wasi::close_since_checkpoint;
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
@@ -19,8 +20,6 @@ use crate::limits::{Limits, Usage};
 
 /// The C-API function that makes a signal pending: the soft stop.
 pub(crate) const INTERRUPT_FUNCTION: &str = "PyErr_SetInterruptEx";
-/// Bytes of a page of the host, the grain of a checkpoint. Larger pages are several of these.
-const PAGE: usize = 4096;
 
 /// What every session of an image starts from. Immutable, shared.
 pub(crate) struct Start {
@@ -33,14 +32,14 @@ pub(crate) struct Start {
     idle: Mutex<Vec<Idle>>,
 }
 
-/// Instances per image that wait to be used again. Each keeps the pages resident that its sessions
+/// Slots per image that wait to be used again. Each keeps the pages resident that its sessions
 /// wrote, a megabyte or two.
 const IDLE_MAX: usize = 32;
 
-/// An instance whose memory is the image again.
+/// A slot whose memory is the image again, and its instance if that can be used again too.
 struct Idle {
     slot: Arc<Slot>,
-    store: Store<Guest>,
+    store: Option<Store<Guest>>,
 }
 
 impl Start {
@@ -56,6 +55,45 @@ impl Start {
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Recorded globals as values, if they are those of the image.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when they aren't.
+    pub(crate) fn values(&self, records: &[GlobalRecord]) -> Result<Vec<Val>> {
+        let kinds = |records: &[GlobalRecord]| -> Vec<(String, String)> {
+            let kind = |one: &GlobalRecord| (one.export.clone(), one.type_name.clone());
+            records.iter().map(kind).collect()
+        };
+        if kinds(records) != kinds(&self.globals) {
+            return Err(Error::Incompatible {
+                what: "the snapshot".into(),
+                expected: format!("the {} globals of its image", self.globals.len()),
+                found: format!("{} others", records.len()),
+            });
+        }
+        records.iter().map(value_of).collect()
+    }
+
+    /// The image's records with these values.
+    pub(crate) fn records(globals: &[GlobalRecord], values: &[Val]) -> Vec<GlobalRecord> {
+        let record = |(record, value): (&GlobalRecord, &Val)| GlobalRecord {
+            bits: bits_of(*value),
+            ..record.clone()
+        };
+        globals.iter().zip(values).map(record).collect()
+    }
+
+    /// The state in which a session of the image begins.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] for a global that isn't a number.
+    pub(crate) fn state(&self) -> Result<State> {
+        let globals = self.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
+        Ok(State::of(Arc::clone(&self.memory), globals))
     }
 }
 
@@ -83,28 +121,35 @@ pub(crate) enum TurnEnd {
     Trapped(String),
 }
 
-/// A state that a session can go back to: what differs from the image.
-#[derive(Default)]
-struct Checkpoint {
-    bytes: usize,
-    globals: Vec<Val>,
-    /// Page number to its place in `pages`.
-    index: BTreeMap<usize, usize>,
-    pages: Vec<u8>,
-}
-
-/// Bytes that a session may have written before its checkpoint becomes an image of its own, from
-/// which it goes on. A smaller checkpoint is a copy of the written pages beside them, compared after
-/// every cell; for a session that holds 100 MB that would double its memory and take longer than its
-/// cells.
+/// Bytes of single pages that a checkpoint may have. Beyond them long rows become runs, from which
+/// the session goes on: copies beside the session's own pages would double its memory, and comparing
+/// them would take longer than its cells.
 const CHECKPOINT_BYTES_MAX: usize = 16 << 20;
+/// What was written in one row and is as long as this becomes a run at once.
+pub(crate) const RUN_BYTES: usize = 8 << 20;
+/// The same, for a session whose checkpoint is full.
+const RUN_BYTES_WHEN_FULL: usize = 256 << 10;
+
+/// Ranges of a memory, in whole pages and ascending, that a checkpoint has to look at.
+pub(crate) struct Written(Vec<Range<usize>>);
+
+impl Written {
+    /// How much that is.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.iter().map(Range::len).sum()
+    }
+}
 
 /// A live guest.
 pub(crate) struct Session {
     start: Arc<Start>,
     slot: Arc<Slot>,
     store: Option<Store<Guest>>,
-    checkpoint: Checkpoint,
+    /// What is mapped over the slot's image.
+    laid: Vec<Run>,
+    checkpoint: State,
+    /// Bytes that only this session has, as of its last checkpoint.
+    private_bytes: usize,
 }
 
 impl Session {
@@ -114,50 +159,95 @@ impl Session {
     ///
     /// [`Error::Io`] when there is no address space left, [`Error::Internal`] when the module
     /// doesn't fit the engine.
-    pub(crate) fn new(start: Arc<Start>, guest: Guest) -> Result<Self> {
-        let globals = start.globals.iter().map(value_of).collect::<Result<Vec<_>>>()?;
-        let bytes = start.memory.bytes();
-        let checkpoint = Checkpoint { bytes, globals, ..Checkpoint::default() };
+    ///
+    /// `make` gets what an instance that is used again has kept.
+    pub(crate) fn new(
+        start: Arc<Start>,
+        make: impl FnOnce(Option<Kept>) -> Result<Guest>,
+    ) -> Result<Self> {
+        let checkpoint = start.state()?;
         let idle = start.idle().pop();
-        if let Some(Idle { slot, mut store }) = idle {
-            let before = std::mem::replace(store.data_mut(), guest);
-            let guest = store.data_mut();
-            guest.handles = before.handles;
-            guest.memory_limit.memory_bytes = bytes;
-            return Ok(Self { start, slot, store: Some(store), checkpoint });
+        let (slot, mut store) = match idle {
+            Some(Idle { slot, store }) => (slot, store),
+            None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None),
+        };
+        let guest = make(store.as_mut().and_then(|store| store.data_mut().take_kept()))?;
+        let mut session =
+            Self { start, slot, store: None, laid: Vec::new(), checkpoint, private_bytes: 0 };
+        match store {
+            Some(mut store) => {
+                let before = std::mem::replace(store.data_mut(), guest);
+                let guest = store.data_mut();
+                guest.handles = before.handles;
+                guest.memory_limit.memory_bytes = session.checkpoint.bytes;
+                session.store = Some(store);
+            }
+            None => session.instantiate(guest)?,
         }
-        let slot = Arc::new(Slot::new(Arc::clone(&start.memory))?);
-        let mut session = Self { start, slot, store: None, checkpoint };
-        session.instantiate(guest)?;
         Ok(session)
     }
 
-    /// Ends the session and keeps its instance for another, if its memory can be made the image
-    /// again: every page that was written is copied back, and so are the globals.
+    /// A new guest in this state of another of the same image.
     ///
-    /// What the instance holds beside its memory doesn't carry anything over: a module that writes to
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub(crate) fn in_state(
+        start: Arc<Start>,
+        make: impl FnOnce(Option<Kept>) -> Result<Guest>,
+        state: &State,
+    ) -> Result<Self> {
+        let mut session = Self::new(start, make)?;
+        session.restore(state)?;
+        Ok(session)
+    }
+
+    /// Ends the session and keeps its slot for another, if its memory can be made the image again:
+    /// every page that was written is copied back, and so are the globals. The instance is kept too,
+    /// unless its memory has grown: a memory can't shrink.
+    ///
+    /// What an instance holds beside its memory doesn't carry anything over: a module that writes to
     /// a table isn't used again, and the engine's heap of exceptions can't be read by the guest.
     pub(crate) fn recycle(mut self) {
-        let Some(mut store) = self.store.take() else { return };
-        let Some(handles) = store.data().handles.clone() else { return };
-        let image = Arc::clone(self.slot.image());
-        let grown = handles.memory.data_size(&store) != image.bytes()
-            || !Arc::ptr_eq(&image, &self.start.memory);
-        let unfit = grown || !self.start.reusable;
-        if unfit || store.data().running || self.start.idle().len() >= IDLE_MAX {
+        let is_own = Arc::ptr_eq(self.slot.image(), &self.start.memory);
+        if !is_own || !self.start.reusable || self.start.idle().len() >= IDLE_MAX {
             return;
         }
-        let Ok(written) = self.slot.written() else { return };
-        let memory = handles.memory.data_mut(&mut store);
-        let copied = written.into_iter().all(|range| image.copy_to(memory, range).is_ok());
-        let globals = self.start.globals.iter().zip(handles.globals.iter());
-        let reset = globals.into_iter().all(|(record, global)| {
-            value_of(record).is_ok_and(|value| global.set(&mut store, value).is_ok())
-        });
-        if copied && reset && store.data_mut().vacate().is_ok() {
-            let idle = Idle { slot: Arc::clone(&self.slot), store };
-            self.start.idle().push(idle);
+        let Ok(image) = self.start.state() else { return };
+        let unfit = self.guest().running || self.memory_bytes() != image.bytes;
+        if self.bring(&image).is_err() {
+            return;
         }
+        let store = self.store.take().filter(|_| !unfit);
+        let store = match store {
+            Some(mut store) => match store.data_mut().vacate() {
+                Ok(()) => Some(store),
+                Err(_) => return,
+            },
+            None => match Arc::get_mut(&mut self.slot).map(Slot::shrink) {
+                Some(Ok(())) => None,
+                _ => return,
+            },
+        };
+        let idle = Idle { slot: Arc::clone(&self.slot), store };
+        self.start.idle().push(idle);
+    }
+
+    /// The state of the last checkpoint.
+    pub(crate) fn checkpoint(&self) -> &State {
+        &self.checkpoint
+    }
+
+    /// Bytes that only this session has, in memory and for its checkpoint, as of the checkpoint.
+    pub(crate) fn private_bytes(&self) -> usize {
+        self.private_bytes
+    }
+
+    /// Size of the memory.
+    fn memory_bytes(&mut self) -> usize {
+        let store = self.store_mut();
+        let memory = store.data().handles.as_ref().expect("an instance has handles").memory;
+        memory.data_size(store)
     }
 
     /// The store's data.
@@ -187,11 +277,7 @@ impl Session {
             .map_err(|e| Error::Internal(format!("instantiating the guest: {e:#}")))?;
         let handles = exports(&mut store, &instance, &self.start.globals)
             .map_err(|e| Error::Internal(format!("the guest's exports: {e:#}")))?;
-        for (global, value) in handles.globals.iter().zip(&self.checkpoint.globals) {
-            global
-                .set(&mut store, *value)
-                .map_err(|e| Error::Internal(format!("setting a global: {e:#}")))?;
-        }
+        set_globals(&mut store, &handles, &self.checkpoint.globals)?;
         let bytes = handles.memory.data_size(&store);
         let guest = store.data_mut();
         guest.memory_limit.memory_bytes = bytes;
@@ -217,6 +303,10 @@ impl Session {
         let lowest = guest.budget.floor();
         let wasmtime_fuel = if handles.fuel.is_none() { store.get_fuel().ok() } else { None };
         let result = run(store, &handles, turn, (grant, lowest)).await;
+        if result.is_err() {
+            // An exception that nobody caught would be raised by the next call.
+            store.take_pending_exception();
+        }
         let left = handles.fuel.map_or(0, |fuel| fuel.get(&mut *store).i64().unwrap_or(0));
         let bytes = handles.memory.data_size(&*store) as u64;
         let guest = store.data_mut();
@@ -245,68 +335,146 @@ impl Session {
         (end, usage)
     }
 
+    /// What the guest has written since the image, and the runs over it, were mapped.
+    pub(crate) fn written(&self) -> Written {
+        Written(self.slot.written().unwrap_or_else(|_| {
+            let store = self.store.as_ref().expect("a session has a store between its methods");
+            let handles = store.data().handles.as_ref().expect("an instance has handles");
+            differing(handles.memory.data(store), &self.checkpoint)
+        }))
+    }
+
     /// Saves the present state as the one to go back to: only what changed since the last time is
     /// copied.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] when there is no memory for it; the session is lost then.
-    pub(crate) fn save(&mut self) -> Result<()> {
-        let written = self.slot.written();
+    pub(crate) fn save(&mut self, written: Written) -> Result<()> {
         let store = self.store.as_mut().expect("a session has a store between its methods");
         store.data_mut().files.keep();
         let handles = store.data().handles.clone().expect("an instance has handles");
         self.checkpoint.globals =
             handles.globals.iter().map(|global| global.get(&mut *store)).collect();
-        let memory = handles.memory.data(&*store);
+        let memory = handles.memory.data_mut(&mut *store);
         self.checkpoint.bytes = memory.len();
-        let written_bytes =
-            written.as_ref().map_or(0, |ranges| ranges.iter().map(Range::len).sum());
-        if written_bytes > CHECKPOINT_BYTES_MAX {
-            let image = Arc::new(MemoryImage::of(memory)?);
-            self.checkpoint.index.clear();
-            self.checkpoint.pages = Vec::new();
-            return self.rebuild(&image, image.bytes());
+        let Written(written) = written;
+        let total: usize = written.iter().map(Range::len).sum();
+        let row = if total > CHECKPOINT_BYTES_MAX { RUN_BYTES_WHEN_FULL } else { RUN_BYTES };
+        let (mut rows, mut rest) = (Vec::new(), Vec::new());
+        for range in written {
+            if range.len() >= row { rows.push(range) } else { rest.push(range) }
         }
-        match written {
-            Ok(ranges) => ranges.into_iter().for_each(|range| self.checkpoint.copy(memory, range)),
-            Err(_) => {
-                let image = Arc::clone(self.slot.image());
-                image.differing(memory, |range| self.checkpoint.copy(memory, range));
+        let kept: usize = rest.iter().map(Range::len).sum();
+        if kept > CHECKPOINT_BYTES_MAX || rows.len() + self.laid.len() > RUNS_MAX / 2 {
+            let image = Arc::new(MemoryImage::of(memory)?);
+            let globals = std::mem::take(&mut self.checkpoint.globals);
+            let state = State::of(image, globals);
+            self.private_bytes = state.bytes;
+            self.rebuild(&state)?;
+            self.checkpoint = state;
+            return Ok(());
+        }
+        for range in rows {
+            for run in Run::write([(range.start, vec![&memory[range]])])? {
+                self.slot.lay(memory, &run)?;
+                self.checkpoint.lay(run);
             }
         }
+        self.laid = self.checkpoint.runs().to_vec();
+        rest.into_iter().for_each(|range| self.checkpoint.copy(memory, range));
+        let own_runs: usize =
+            self.laid.iter().filter(|run| self.is_own(run)).map(|run| run.range().len()).sum();
+        self.private_bytes = kept + self.checkpoint.page_bytes() + own_runs;
         Ok(())
     }
 
-    /// Goes back to the last checkpoint with a new instance. Open files stay open.
+    /// Whether nobody else has the run.
+    pub(crate) fn is_own(&self, run: &Run) -> bool {
+        let own = self.laid.iter().chain(self.checkpoint.runs());
+        run.sharers() <= own.filter(|other| other.is_of_file(run)).count()
+    }
+
+    /// Goes back to the last checkpoint. Open files stay open.
     ///
     /// # Errors
     ///
     /// When the system refuses a mapping; the session is lost then.
     pub(crate) fn roll_back(&mut self) -> Result<()> {
         close_since_checkpoint(self.guest_mut());
-        let (image, bytes) = (Arc::clone(self.slot.image()), self.checkpoint.bytes);
-        self.rebuild(&image, bytes)?;
-        let checkpoint = &self.checkpoint;
-        let store = self.store.as_mut().expect("just rebuilt");
-        let memory = store.data().handles.as_ref().expect("just rebuilt").memory;
-        let memory = memory.data_mut(store);
-        for (page, at) in &checkpoint.index {
-            memory[page * PAGE..][..PAGE].copy_from_slice(&checkpoint.pages[*at..][..PAGE]);
-        }
+        let checkpoint = self.checkpoint.clone();
+        self.go_to(&checkpoint)
+    }
+
+    /// Goes to a state of this session or of another of its image, and takes it for its checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// As [`roll_back`](Self::roll_back).
+    pub(crate) fn restore(&mut self, state: &State) -> Result<()> {
+        self.go_to(state)?;
+        self.checkpoint = state.clone();
         Ok(())
     }
 
-    /// A new instance over `image`, with the globals of the checkpoint.
-    fn rebuild(&mut self, image: &Arc<MemoryImage>, bytes: usize) -> Result<()> {
+    /// Makes memory and globals those of `state`, in place where that is possible.
+    fn go_to(&mut self, state: &State) -> Result<()> {
+        let same = Arc::ptr_eq(self.slot.image(), &state.image) && self.start.reusable;
+        if !same || self.memory_bytes() > state.bytes {
+            return self.rebuild(state);
+        }
+        self.bring(state)?;
+        self.guest_mut().running = false;
+        Ok(())
+    }
+
+    /// Makes memory and globals those of `state`, whose image is mapped. A memory that is larger
+    /// keeps its size, and what is beyond.
+    fn bring(&mut self, state: &State) -> Result<()> {
+        let store = self.store.as_mut().expect("a session has a store between its methods");
+        let handles = store.data().handles.clone().expect("an instance has handles");
+        let bytes = handles.memory.data_size(&*store);
+        if bytes < state.bytes {
+            let pages = (state.bytes - bytes).div_ceil(WASM_PAGE);
+            let grown = handles.memory.grow(&mut *store, pages as u64);
+            grown.map_err(|e| Error::invalid("limits.memory_bytes", format!("{e:#}")))?;
+        }
+        let memory = handles.memory.data_mut(&mut *store);
+        let changed = |run: &Run, others: &[Run]| !others.iter().any(|other| other.is(run));
+        for run in self.laid.iter().filter(|run| changed(run, state.runs())) {
+            self.slot.uncover(memory, run.range())?;
+        }
+        for run in state.runs().iter().filter(|run| changed(run, &self.laid)) {
+            self.slot.lay(memory, run)?;
+        }
+        self.laid = state.runs().to_vec();
+        let written = match self.slot.written() {
+            Ok(written) => written,
+            Err(_) => differing(memory, state),
+        };
+        for number in written.into_iter().flat_map(|range| range.start / PAGE..range.end / PAGE) {
+            if number * PAGE < state.bytes && state.single(number).is_none() {
+                memory[number * PAGE..][..PAGE].copy_from_slice(state.below(number));
+            }
+        }
+        for (number, page) in state.pages() {
+            memory[number * PAGE..][..PAGE].copy_from_slice(page);
+        }
+        set_globals(store, &handles, &state.globals)
+    }
+
+    /// A new instance in `state`.
+    fn rebuild(&mut self, state: &State) -> Result<()> {
         let store = self.store.take();
         let mut guest = store.expect("a session has a store between its methods").into_data();
         guest.handles = None;
         guest.memory_limit.memory_bytes = 0;
         let slot = Arc::get_mut(&mut self.slot)
             .ok_or_else(|| Error::Internal("an instance outlived its store".into()))?;
-        slot.rewind(image, bytes)?;
-        self.instantiate(guest)
+        slot.rewind(&state.image, state.bytes)?;
+        self.laid.clear();
+        self.instantiate(guest)?;
+        self.bring(state)
     }
 
     /// Memory and mutable globals, to be written into an image.
@@ -350,25 +518,28 @@ impl Session {
     }
 }
 
-impl Checkpoint {
-    /// Copies the pages of `range` that aren't in the checkpoint as they are.
-    fn copy(&mut self, memory: &[u8], range: Range<usize>) {
-        for page in range.start / PAGE..range.end / PAGE {
-            let now = &memory[page * PAGE..][..PAGE];
-            match self.index.get(&page) {
-                Some(at) => {
-                    let saved = &mut self.pages[*at..][..PAGE];
-                    if saved != now {
-                        saved.copy_from_slice(now);
-                    }
-                }
-                None => {
-                    self.index.insert(page, self.pages.len());
-                    self.pages.extend_from_slice(now);
-                }
+/// The pages of `memory` that aren't what image and runs of `state` show, in ranges: the way to find
+/// what was written where the system doesn't tell.
+fn differing(memory: &[u8], state: &State) -> Vec<Range<usize>> {
+    let mut found: Vec<Range<usize>> = Vec::new();
+    for (number, page) in memory.chunks_exact(PAGE).enumerate() {
+        if page != state.below(number) {
+            let at = number * PAGE;
+            match found.last_mut() {
+                Some(last) if last.end == at => last.end += PAGE,
+                _ => found.push(at..at + PAGE),
             }
         }
     }
+    found
+}
+
+fn set_globals(store: &mut Store<Guest>, handles: &Handles, values: &[Val]) -> Result<()> {
+    for (global, value) in handles.globals.iter().zip(values) {
+        let set = global.set(&mut *store, *value);
+        set.map_err(|e| Error::Internal(format!("setting a global: {e:#}")))?;
+    }
+    Ok(())
 }
 
 async fn run(
@@ -498,13 +669,13 @@ mod tests {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        let mut idle = start.idle().pop().expect("the instance is used again");
-        let handles = idle.store.data().handles.clone().unwrap();
-        let memory = handles.memory.data(&idle.store);
-        assert_eq!(memory.len(), start.memory.bytes());
-        start.memory.differing(memory, |range| panic!("{range:?} is not as in the image"));
+        let idle = start.idle().pop().expect("the slot is used again");
+        let mut store = idle.store.expect("and so is the instance");
+        let handles = store.data().handles.clone().unwrap();
+        let memory = handles.memory.data(&store);
+        assert!(memory == start.memory.contents(), "the memory is not as in the image");
         for (record, global) in start.globals.iter().zip(handles.globals.iter()) {
-            assert_eq!(super::bits_of(global.get(&mut idle.store)), record.bits);
+            assert_eq!(super::bits_of(global.get(&mut store)), record.bits);
         }
     }
 }

@@ -4,8 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
-use rand::SeedableRng;
-use rand::rngs::StdRng;
 use wasmtime::{Caller, Linker, Result};
 use wasmtime_wasi::p1::wasi_snapshot_preview1::{self as preview1, WasiSnapshotPreview1};
 use wasmtime_wasi::p1::{self, WasiP1Ctx};
@@ -15,6 +13,7 @@ use wiggle::GuestMemory;
 use super::clock::{VirtualClock, VirtualMonotonicClock, VirtualWallClock, poll_oneoff};
 use super::files::{DIRECTORY_BYTES, FILE_BYTES};
 use super::guest::{Guest, charge_call, guest_slice, read_u32, write_u32};
+use super::random::{SeededRandom, SeededRng};
 use crate::error::Error;
 use crate::policy::Policy;
 
@@ -31,6 +30,8 @@ const ERRNO_XDEV: i32 = 75;
 const HOSTCALL_BYTES_MAX: usize = 128 << 20;
 /// Buffers that one `fd_write` may name; POSIX asks for at least 16 (`IOV_MAX`).
 const IOVECS_MAX: u32 = 1024;
+/// What is remembered of the name of an open file, for messages.
+const OPEN_NAME_BYTES: usize = 256;
 /// `oflags.creat` of `path_open`.
 const OFLAGS_CREAT: i32 = 1;
 
@@ -53,6 +54,7 @@ pub(crate) fn context(
     directories: &Directories<'_>,
     policy: &Policy,
     clock: Option<&Arc<VirtualClock>>,
+    random: Option<&Arc<SeededRandom>>,
 ) -> crate::error::Result<WasiP1Ctx> {
     let mut builder = WasiCtxBuilder::new();
     builder
@@ -76,9 +78,9 @@ pub(crate) fn context(
         let perms = if mount.writable { FsPerms::ReadWrite } else { FsPerms::ReadOnly };
         open(&mount.host, &mount.guest, perms)?;
     }
-    if let Some(seed) = policy.seed {
-        builder.secure_random(StdRng::seed_from_u64(seed));
-        builder.insecure_random(StdRng::seed_from_u64(!seed));
+    if let Some(random) = random {
+        builder.secure_random(SeededRng(Arc::clone(random)));
+        builder.insecure_random(SeededRng(Arc::clone(random)));
     }
     if let Some(clock) = clock {
         builder.wall_clock(VirtualWallClock(Arc::clone(clock)));
@@ -463,8 +465,13 @@ async fn path_open(
     .await?;
     if errno == ERRNO_SUCCESS {
         let memory = caller.data().handles()?.memory;
-        if let Some(opened) = read_u32(memory.data(&caller), out as u32) {
-            caller.data_mut().files.opened(fd as u32, opened);
+        let (memory, guest) = memory.data_and_store_mut(&mut caller);
+        if let Some(opened) = read_u32(memory, out as u32) {
+            let name = guest_slice(memory, ptr as u32, len as u32).unwrap_or_default();
+            let name = &name[..name.len().min(OPEN_NAME_BYTES)];
+            let name = String::from_utf8_lossy(name);
+            let path = format!("{}/{name}", guest.files.directory_path(fd as u32));
+            guest.files.opened(fd as u32, opened, path);
         }
     }
     Ok(errno)
@@ -534,7 +541,18 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
 /// Closes what the guest opened since its checkpoint: nothing in the memory that it goes back to
 /// knows these descriptors.
 pub(crate) fn close_since_checkpoint(guest: &mut Guest) {
-    for fd in guest.files.since_checkpoint() {
+    let fds = guest.files.since_checkpoint();
+    close(guest, fds);
+}
+
+/// Closes everything that the guest has open.
+pub(crate) fn close_all(guest: &mut Guest) {
+    let fds = guest.files.open_fds();
+    close(guest, fds);
+}
+
+fn close(guest: &mut Guest, fds: Vec<u32>) {
+    for fd in fds {
         let mut nothing = GuestMemory::Unshared(&mut []);
         // Closing waits for nothing.
         let _ = preview1::fd_close(&mut guest.wasi, &mut nothing, fd as i32).now_or_never();

@@ -1,0 +1,340 @@
+//! A session's state as a value: what snapshots, forks and templates are made from.
+
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use super::memory::{RESERVATION, Run};
+use super::session::{RUN_BYTES, Session, Start};
+use super::state::{PAGE, State};
+use super::{Image, files};
+use crate::error::{Error, Result};
+use crate::image::ImageManifest;
+use crate::limits::Limits;
+use crate::snapshot::format::{self, Bounds, SavedFile, Sink, Writer};
+use crate::snapshot::{
+    SessionRecord, SnapshotData, SnapshotHeader, SnapshotImage, open as open_snapshot,
+};
+
+/// The name of this backend.
+pub(crate) const BACKEND: &str = "wasm";
+/// Files that a snapshot may hold: as many as the largest scratch that anyone asks for.
+const FILES_MAX: u64 = 1 << 20;
+/// Pages of one piece that is handed to the writer.
+const PIECE_PAGES: usize = 256;
+
+/// A saved session.
+#[derive(Clone)]
+pub(crate) struct Saved {
+    /// The image from the store that it began with.
+    pub(crate) image: Image,
+    pub(crate) state: State,
+    pub(crate) record: SessionRecord,
+    pub(crate) files: Arc<[SavedFile]>,
+    /// The state in the form that is cheap to begin from, made when it is first needed.
+    condensed: OnceLock<State>,
+}
+
+impl Saved {
+    /// What the session is at its checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] naming the files that the guest has open, or one that can't be saved.
+    pub(crate) fn capture(image: &Image, session: &Session) -> Result<Self> {
+        let guest = session.guest();
+        let open: Vec<String> =
+            guest.files.open_paths().map(|path| format!("`{}`", path.escape_debug())).collect();
+        if !open.is_empty() {
+            let reason = format!(
+                "the session has files open, which can't be saved: {}; close them first",
+                open.join(", ")
+            );
+            return Err(Error::invalid("snapshot", reason));
+        }
+        let files = match &guest.scratch {
+            Some(scratch) if !guest.files.is_unused() => files::read_tree(scratch.path())?,
+            _ => Vec::new(),
+        };
+        let state = session.checkpoint().clone();
+        Ok(Self::new(image.clone(), state, guest.record(), files.into()))
+    }
+
+    pub(crate) fn new(
+        image: Image,
+        state: State,
+        record: SessionRecord,
+        files: Arc<[SavedFile]>,
+    ) -> Self {
+        Self { image, state, record, files, condensed: OnceLock::new() }
+    }
+
+    /// The state, for a session that begins with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when there is no room for it.
+    pub(crate) fn condensed(&self) -> Result<&State> {
+        if let Some(state) = self.condensed.get() {
+            return Ok(state);
+        }
+        let state = self.state.condensed()?;
+        Ok(self.condensed.get_or_init(|| state))
+    }
+
+    /// Whether it fits into a session of these limits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] naming the limit.
+    pub(crate) fn check(&self, limits: &Limits) -> Result<()> {
+        let bytes = |file: &SavedFile| match file {
+            SavedFile::File { bytes, .. } => bytes.len() as u64,
+            _ => 0,
+        };
+        let disk = self.files.iter().map(bytes).sum();
+        for (limit, most, found) in [
+            ("limits.memory_bytes", limits.memory_bytes, self.state.bytes as u64),
+            ("limits.disk_bytes", limits.disk_bytes, disk),
+        ] {
+            if found > most {
+                let reason = format!("the snapshot has {found} bytes, {most} are allowed");
+                return Err(Error::invalid(limit, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// The state, for a session to go back to: in the form that shares most with it.
+    pub(crate) fn state_for_restore(&self) -> &State {
+        self.condensed.get().unwrap_or(&self.state)
+    }
+
+    /// Whether sessions of `image` can go to this state.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when they can't.
+    pub(crate) fn check_image(&self, image: &Image) -> Result<()> {
+        check_image(image.manifest(), &self.header(0))
+    }
+
+    fn header(&self, pages: u64) -> SnapshotHeader {
+        header(self.image.manifest(), &self.state, self.record.clone(), pages, &self.files)
+    }
+
+    /// Reads a snapshot file of a session of `image`, which `find` gives for its header.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when it's damaged, too large, or its image isn't here.
+    pub(crate) fn load(
+        path: &Path,
+        find: impl FnOnce(&SnapshotHeader) -> Result<Image>,
+    ) -> Result<Self> {
+        let file = open_snapshot(path)?;
+        let bounds =
+            Bounds { memory_bytes: RESERVATION as u64, file_bytes: u64::MAX, files: FILES_MAX };
+        let mut image = None;
+        let mut loading = Loading::default();
+        let accept = |header: &SnapshotHeader| {
+            image = Some(find(header)?);
+            Ok(())
+        };
+        let header = format::read(file, &bounds, accept, &mut loading)?;
+        let image = image.ok_or_else(|| Error::Internal("a snapshot without an image".into()))?;
+        let state = loading.state(&image.0.start, &header, &[])?;
+        Ok(Self::new(image, state, header.session, loading.files.into()))
+    }
+}
+
+impl SnapshotData for Saved {
+    fn backend(&self) -> &'static str {
+        BACKEND
+    }
+
+    fn save(&self, path: &Path) -> Result<u64> {
+        let context = || format!("writing the snapshot {}", path.display());
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        // Beside its place, private, and renamed when all of it is on the disk.
+        let draft = tempfile::NamedTempFile::new_in(parent).map_err(|e| Error::io(context(), e))?;
+        let base = State::of(Arc::clone(&self.image.0.start.memory), Vec::new());
+        let pages = self.state.differences(&base).count() as u64;
+        write(
+            BufWriter::new(draft.as_file()),
+            &self.header(pages),
+            &self.state,
+            &base,
+            &self.files,
+        )?;
+        draft.as_file().sync_all().map_err(|e| Error::io(context(), e))?;
+        let bytes = draft.as_file().metadata().map_err(|e| Error::io(context(), e))?.len();
+        draft.persist(path).map_err(|e| Error::io(context(), e.error))?;
+        Ok(bytes)
+    }
+}
+
+/// What a snapshot of this state says about itself.
+pub(crate) fn header(
+    image: &ImageManifest,
+    state: &State,
+    session: SessionRecord,
+    pages: u64,
+    files: &[SavedFile],
+) -> SnapshotHeader {
+    let bytes = |file: &SavedFile| match file {
+        SavedFile::File { bytes, .. } => bytes.len() as u64,
+        _ => 0,
+    };
+    SnapshotHeader {
+        kaa: env!("CARGO_PKG_VERSION").to_owned(),
+        python: image.python.clone(),
+        image: SnapshotImage {
+            name: image.name.clone(),
+            key: image.key.clone(),
+            memory_sha256: image.memory_sha256().to_owned(),
+        },
+        module: image.module.clone(),
+        memory_bytes: state.bytes as u64,
+        globals: Start::records(&image.globals, &state.globals),
+        session,
+        pages,
+        files: files.len() as u64,
+        file_bytes: files.iter().map(bytes).sum(),
+    }
+}
+
+/// Writes what `state` has and `base` hasn't, and the files.
+pub(crate) fn write<W: Write>(
+    out: W,
+    header: &SnapshotHeader,
+    state: &State,
+    base: &State,
+    files: &[SavedFile],
+) -> Result<W> {
+    let mut writer = Writer::new(out, header)?;
+    let (mut first, mut piece) = (0, Vec::with_capacity(PIECE_PAGES * PAGE));
+    for (number, page) in state.differences(base) {
+        let full = piece.len() == PIECE_PAGES * PAGE;
+        if full || number != first + piece.len() / PAGE {
+            if !piece.is_empty() {
+                writer.pages(first as u32, &piece)?;
+            }
+            piece.clear();
+            first = number;
+        }
+        piece.extend_from_slice(page);
+    }
+    if !piece.is_empty() {
+        writer.pages(first as u32, &piece)?;
+    }
+    files.iter().try_for_each(|file| writer.file(file))?;
+    writer.finish()
+}
+
+/// What has been read of a snapshot.
+#[derive(Default)]
+pub(crate) struct Loading {
+    /// Rows of pages: the first page's number, and their bytes.
+    rows: Vec<(usize, Vec<u8>)>,
+    pub(crate) files: Vec<SavedFile>,
+}
+
+impl Sink for Loading {
+    fn pages(&mut self, first_page: u32, bytes: &[u8]) -> Result<()> {
+        let first = first_page as usize;
+        match self.rows.last_mut() {
+            Some((start, row)) if *start + row.len() / PAGE == first => {
+                row.extend_from_slice(bytes);
+            }
+            _ => self.rows.push((first, bytes.to_vec())),
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, file: SavedFile) -> Result<()> {
+        self.files.push(file);
+        Ok(())
+    }
+}
+
+impl Loading {
+    /// The state that was read, over an image and the runs that were not written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when the header doesn't fit the image.
+    pub(crate) fn state(
+        &mut self,
+        start: &Start,
+        header: &SnapshotHeader,
+        runs: &[Run],
+    ) -> Result<State> {
+        let bytes = header.memory_bytes as usize;
+        if bytes < start.memory.bytes() || !bytes.is_multiple_of(super::memory::WASM_PAGE) {
+            return Err(Error::Incompatible {
+                what: "the snapshot".into(),
+                expected: format!("a memory of at least {} bytes", start.memory.bytes()),
+                found: format!("{bytes} bytes"),
+            });
+        }
+        let mut state = State::of(Arc::clone(&start.memory), start.values(&header.globals)?);
+        state.bytes = bytes;
+        runs.iter().for_each(|run| state.lay(run.clone()));
+        for (first, row) in self.rows.drain(..) {
+            if row.len() >= RUN_BYTES {
+                let run = Run::write([(first * PAGE, vec![&row[..]])])?;
+                run.into_iter().for_each(|run| state.lay(run));
+            } else {
+                state.set(first, &row);
+            }
+        }
+        Ok(state)
+    }
+}
+
+/// Whether `image` is the one that a snapshot was made with, byte for byte.
+///
+/// # Errors
+///
+/// [`Error::Incompatible`] when it isn't.
+pub(crate) fn check_image(image: &ImageManifest, header: &SnapshotHeader) -> Result<()> {
+    let SnapshotImage { name, key, memory_sha256 } = &header.image;
+    if image.key == *key && image.memory_sha256() == memory_sha256 && image.module == header.module
+    {
+        return Ok(());
+    }
+    Err(Error::Incompatible {
+        what: "the snapshot".into(),
+        expected: format!("one of the image `{}` {}", image.name, short(image.memory_sha256())),
+        found: format!("one of the image `{}` {}", name.escape_debug(), short(memory_sha256)),
+    })
+}
+
+/// The beginning of a digest, whatever a file says it is.
+pub(crate) fn short(digest: &str) -> String {
+    digest.chars().take(12).filter(char::is_ascii_hexdigit).collect()
+}
+
+/// Makes the scratch directory what it was.
+///
+/// # Errors
+///
+/// [`Error::Io`] when a file can't be written.
+pub(crate) fn write_files(root: &Path, files: &[SavedFile]) -> Result<()> {
+    for file in files {
+        let (path, done) = match file {
+            SavedFile::Directory { path } => (path, fs::create_dir(root.join(path))),
+            SavedFile::File { path, bytes } => (path, fs::write(root.join(path), bytes)),
+            SavedFile::Link { path, target } => {
+                (path, std::os::unix::fs::symlink(target, root.join(path)))
+            }
+        };
+        done.map_err(|e| Error::io(format!("restoring the session's file `{path}`"), e))?;
+    }
+    Ok(())
+}
