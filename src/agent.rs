@@ -87,8 +87,10 @@ pub(crate) struct Conversation {
     wanted: Told,
     /// What it knows; none before the first turn whose state is kept.
     told: Option<Told>,
-    /// What randomness in the guest's memory has to start from, as long as it was not told.
+    /// What randomness in the guest's memory starts from.
     seed: Option<String>,
+    /// Whether the guest doesn't know that yet.
+    reseed: bool,
     sources: Option<Message>,
 }
 
@@ -115,6 +117,7 @@ impl Conversation {
     ) -> Result<Self> {
         let mut conversation = Self::start(options, seed)?;
         conversation.go_to(record);
+        conversation.reseed = seed.is_some();
         Ok(conversation)
     }
 
@@ -145,6 +148,7 @@ impl Conversation {
             },
             told: None,
             seed: seed.map(|seed| seed.iter().map(|byte| format!("{byte:02x}")).collect()),
+            reseed: seed.is_some(),
             sources: None,
         };
         for tool in &options.tools {
@@ -157,6 +161,7 @@ impl Conversation {
     pub(crate) fn go_to(&mut self, record: &SessionRecord) {
         self.cells = record.cells;
         self.told = record.told.clone();
+        self.reseed = self.told.is_none() && self.seed.is_some();
     }
 
     /// Cells that were asked for, and what the guest knows.
@@ -185,12 +190,12 @@ impl Conversation {
             let configured = (&told.profile, &told.lm, &told.env, &told.allowed_imports);
             configured == (profile, lm, env, allowed_imports)
         };
-        if self.seed.is_some() || !known.is_some_and(same) {
+        if self.reseed || !known.is_some_and(same) {
             let mut configure = json!({
                 "op": "configure", "profile": profile, "value_chars": VALUE_CHARS,
                 "repr_chars": REPR_CHARS, "lm": lm,
             });
-            if let Some(seed) = &self.seed {
+            if let Some(seed) = self.seed.as_ref().filter(|_| self.reseed) {
                 configure["seed"] = seed.as_str().into();
             }
             if !env.is_empty() {
@@ -229,7 +234,7 @@ impl Conversation {
         self.calls = Calls::default();
         self.stop = None;
         if let Some(request) = request {
-            if self.seed.is_some() || self.told.as_ref() != Some(&self.wanted) {
+            if self.reseed || self.told.as_ref() != Some(&self.wanted) {
                 self.requests.extend(self.untold());
             }
             self.requests.push_back(request);
@@ -313,7 +318,7 @@ impl Conversation {
 
     /// The state that this turn left is kept: what the guest was told in it need not be told again.
     pub(crate) fn keep(&mut self) {
-        self.seed = None;
+        self.reseed = false;
         if self.told.as_ref() != Some(&self.wanted) {
             self.told = Some(self.wanted.clone());
         }

@@ -12,7 +12,11 @@ use kaa::{
 
 /// State of every kind that lives in memory: what makes it, and a cell that shows it.
 const KINDS: &[(&str, &str, &str)] = &[
-    ("a generator half-way", "g = (n * n for n in range(10)); next(g); next(g)", "next(g), next(g)"),
+    (
+        "a generator half-way",
+        "g = (n * n for n in range(10)); next(g); next(g)",
+        "next(g), next(g)",
+    ),
     (
         "a closure",
         "def counter():\n    n = 0\n    def step():\n        nonlocal n\n        n += 1\n        return n\n    return step\nstep = counter(); step()",
@@ -32,21 +36,49 @@ const KINDS: &[(&str, &str, &str)] = &[
     ("a patched module", "import json; json.dumps = lambda x: 'patched'", "json.dumps(1)"),
     ("an open iterator", "it = iter({'a': 1, 'b': 2}.items()); next(it)", "next(it)"),
     ("a running count", "import itertools; c = itertools.count(5, 3); next(c)", "next(c), next(c)"),
-    ("an exception with its traceback", "try: 1/0\nexcept Exception as e: x = e", "repr(x), x.__traceback__.tb_lineno"),
+    (
+        "an exception with its traceback",
+        "try: 1/0\nexcept Exception as e: x = e",
+        "repr(x), x.__traceback__.tb_lineno",
+    ),
     ("identity", "p = []; q = {'p': p}", "q['p'] is p, id(p) == id(q['p'])"),
     ("a weak reference", "import weakref\nclass W: pass\nw = W(); r = weakref.ref(w)", "r() is w"),
-    ("a regular expression at work", "import re; m = re.finditer('a+', 'aa b aaa'); next(m)", "next(m).span()"),
+    (
+        "a regular expression at work",
+        "import re; m = re.finditer('a+', 'aa b aaa'); next(m)",
+        "next(m).span()",
+    ),
     ("bytes in a buffer", "import io; b = io.BytesIO(b'hello'); b.read(2)", "b.read()"),
-    ("an async generator", "async def ag():\n    yield 1\n    yield 2\nimport asyncio\nx = ag()\nasync def go(): return await anext(x)\nasyncio.run(go())", "asyncio.run(go())"),
+    (
+        "a coroutine half-way",
+        "import types\n@types.coroutine\ndef wait(): yield 5\nasync def work():\n    await wait()\n    return 9\nc = work(); c.send(None)",
+        "try: c.send(None)\nexcept StopIteration as e: x = e.value\nx",
+    ),
     ("a sys setting", "import sys; sys.setrecursionlimit(777)", "sys.getrecursionlimit()"),
-    ("files of the scratch directory", "import os\nos.mkdir('/tmp/d'); open('/tmp/d/f', 'w').write('kept')\nos.symlink('d/f', '/tmp/l')", "open('/tmp/l').read(), sorted(os.listdir('/tmp'))"),
+    (
+        "files of the scratch directory",
+        "import os\nos.mkdir('/tmp/d'); open('/tmp/d/f', 'w').write('kept')\nos.symlink('d/f', '/tmp/l')",
+        "open('/tmp/l').read(), sorted(os.listdir('/tmp'))",
+    ),
 ];
 
 /// The same, for the image with numpy and pandas.
 const SCIENCE: &[(&str, &str, &str)] = &[
-    ("an array", "import numpy as np; x = np.arange(1000).reshape(10, 100); y = x[::2]", "y.sum(), y.base is not None"),
-    ("a random generator of numpy", "import numpy as np; g = np.random.default_rng(3); g.random()", "g.random(), np.random.rand()"),
-    ("a frame", "import pandas as pd; d = pd.DataFrame({'a': [1, 2], 'b': ['x', 'y']}); s = d.groupby('b')", "s['a'].sum().to_dict(), d.dtypes.to_dict()"),
+    (
+        "an array",
+        "import numpy as np; x = np.arange(1000).reshape(10, 100); y = x[::2]",
+        "y.sum(), y.base is not None",
+    ),
+    (
+        "a random generator of numpy",
+        "import numpy as np; g = np.random.default_rng(3); g.random()",
+        "g.random(), np.random.rand()",
+    ),
+    (
+        "a frame",
+        "import pandas as pd; d = pd.DataFrame({'a': [1, 2], 'b': ['x', 'y']}); s = d.groupby('b')",
+        "s['a'].sum().to_dict(), d.dtypes.to_dict()",
+    ),
 ];
 
 async fn shown(session: &mut WasmEnvironment, cell: &str) -> String {
