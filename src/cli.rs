@@ -1,9 +1,10 @@
 //! The command line: flags as typed (the structs of clap), what they mean (`session::Plan`), and
-//! what is done (`run`, `repl`, `image`, `doctor`).
+//! what is done (`run`, `repl`, `image`, `snapshot`, `doctor`).
 //!
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
 
+mod branches;
 mod complete;
 mod console;
 mod doctor;
@@ -14,6 +15,7 @@ mod record;
 mod repl;
 mod run;
 mod session;
+mod snapshot;
 mod units;
 
 use std::process::ExitCode;
@@ -76,6 +78,9 @@ enum Command {
     /// Make, list and check the images that sessions start from
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Look into snapshot files
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
     /// Say what works on this machine, and why the rest doesn't
     Doctor,
 }
@@ -140,6 +145,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(flags) => run::run(*flags),
         Command::Repl(flags) => repl::run(*flags),
         Command::Image(command) => image::run(command),
+        Command::Snapshot(command) => snapshot::run(command),
         Command::Doctor => doctor::run(),
     };
     if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {

@@ -22,8 +22,21 @@ const CLOCK_SECONDS_MAX: u64 = u64::MAX / 1_000_000_000;
 #[derive(Debug, Args)]
 pub(super) struct SessionFlags {
     /// Image that the session starts from; see `kaa image list`
-    #[arg(long, value_name = "NAME", default_value = "base", help_heading = "Session")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "base",
+        help_heading = "Session",
+        conflicts_with = "snapshot_in"
+    )]
     image: String,
+    /// Snapshot file to go on from, instead of an image: with its variables, its files in /tmp, its
+    /// profile, and unless given here its seed and clock
+    #[arg(long, value_name = "FILE", help_heading = "Session", conflicts_with = "profile")]
+    snapshot_in: Option<PathBuf>,
+    /// File to save the session to when it ends; whoever reads it sees all variables
+    #[arg(long, value_name = "FILE", help_heading = "Session")]
+    snapshot_out: Option<PathBuf>,
     /// Dialect of helpers that cells find: `rlm` has context, llm_query and answer; `openenv` also
     /// prints the last value
     #[arg(long, value_enum, default_value = "rlm", help_heading = "Session")]
@@ -178,7 +191,22 @@ impl SessionFlags {
             ProfileFlag::Openenv => Profile::OpenEnv,
         };
         let options = EnvironmentOptions { limits, policy, profile, lm, ..Default::default() };
-        Ok(Plan { image: self.image, wheel: self.wheel, options, contexts, variables: self.var })
+        if let Some(parent) = self.snapshot_out.as_deref().and_then(Path::parent)
+            && !parent.as_os_str().is_empty()
+            && !parent.is_dir()
+        {
+            let reason = format!("there is no directory {}", parent.display());
+            return Err(Failure::usage("--snapshot-out", reason));
+        }
+        Ok(Plan {
+            image: self.image,
+            wheel: self.wheel,
+            options,
+            contexts,
+            variables: self.var,
+            snapshot_in: self.snapshot_in,
+            snapshot_out: self.snapshot_out,
+        })
     }
 }
 

@@ -1,10 +1,10 @@
 //! `kaa repl`: cells from the keyboard, or line by line from a pipe.
 
 use std::io::{self, BufRead, IsTerminal};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kaa::{Environment, Execution, Profile, Usage};
+use kaa::{Execution, Profile, Usage};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -14,10 +14,11 @@ use rustyline::validate::Validator;
 use rustyline::{Config, Editor, Helper};
 use tokio::signal::unix::Signal;
 
+use super::branches::Branches;
 use super::complete::needs_more;
 use super::console::Console;
 use super::flags::SessionFlags;
-use super::session::{self, Plan};
+use super::session::{self, Base, Plan};
 use super::units::megabytes;
 use super::{Ending, Failure};
 
@@ -27,11 +28,15 @@ const INDENT: &str = "    ";
 const HISTORY_LINES_MAX: usize = 10_000;
 const HELP: &str = "\
 An empty line ends a block. Ctrl-C stops the running cell, Ctrl-D ends the session.
-:vars    list the variables
-:usage   what the last cell and the session have spent
-:reset   begin anew, with the contexts and variables of the command line
-:help    this text
-:quit    end the session
+:vars        list the variables
+:usage       what the last cell and the session have spent
+:rewind [N]  undo the last cell, or the last N, with all that they changed
+:fork        go on in a copy of the session; the first one stays as it is
+:go N        go to session N of those that were forked
+:save FILE   save the session, for --snapshot-in
+:reset       begin anew, with the contexts and variables of the command line
+:help        this text
+:quit        end
 ";
 
 /// Flags of `kaa repl`.
@@ -48,25 +53,25 @@ pub(super) struct ReplFlags {
 pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
     let console = Console::new(flags.quiet);
     let plan = flags.session.resolve(Some("where cells are typed"))?;
-    let (runtime, image) = session::prepare(&plan, console)?;
-    let mut input = Input::open(runtime.store().root().join("history"))?;
+    let base = session::prepare(&plan, console)?;
+    let mut input = Input::open(base.runtime.store().root().join("history"))?;
     if matches!(input, Input::Keyboard { .. }) {
-        let python = &image.manifest().python;
+        let manifest = base.image.manifest();
         console.note(&format!(
-            "Python {python} in WebAssembly, image `{}`. :help shows the commands.",
-            plan.image
+            "Python {} in WebAssembly, image `{}`. :help shows the commands.",
+            manifest.python, manifest.name
         ));
     }
     let reactor = session::reactor()?;
     let interrupts = reactor.block_on(async { session::interrupts() })?;
     let environment = reactor.block_on(async {
-        let mut environment: Box<dyn Environment> =
-            Box::new(runtime.environment(&image, plan.options.clone())?);
+        let mut environment = base.open(plan.options.clone())?;
         session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
         Ok::<_, Failure>(environment)
     })?;
     let mut repl = Repl {
-        environment,
+        branches: Branches::new(environment),
+        base,
         plan,
         console,
         interrupts,
@@ -74,10 +79,10 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
         last: None,
         total: Usage::default(),
     };
-    let result = repl.take_cells(&mut input);
+    let result = repl.take_cells(&mut input).and_then(|()| repl.save_at_end());
     input.save();
-    let Repl { environment, reactor, .. } = repl;
-    let closed = reactor.block_on(environment.close());
+    let Repl { branches, reactor, .. } = repl;
+    let closed = reactor.block_on(branches.close());
     reactor.shutdown_background();
     result?;
     closed?;
@@ -86,7 +91,8 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
 
 /// A session with someone in front of it.
 struct Repl {
-    environment: Box<dyn Environment>,
+    branches: Branches,
+    base: Base,
     plan: Plan,
     console: Console,
     interrupts: Signal,
@@ -99,8 +105,8 @@ impl Repl {
     fn take_cells(&mut self, input: &mut Input) -> Result<(), Failure> {
         let mut cell = String::new();
         loop {
-            let prompt = if cell.is_empty() { PROMPT } else { PROMPT_MORE };
-            match input.line(prompt)? {
+            let prompt = if cell.is_empty() { self.prompt() } else { PROMPT_MORE.to_owned() };
+            match input.line(&prompt)? {
                 Line::Text(line) if cell.is_empty() && line.starts_with(':') => {
                     input.remember(&line);
                     if line.trim() == ":quit" {
@@ -131,6 +137,20 @@ impl Repl {
         }
     }
 
+    /// With the session's number, when there are several.
+    fn prompt(&self) -> String {
+        match self.branches.place() {
+            (_, 1) => PROMPT.to_owned(),
+            (number, _) => format!("{number} {PROMPT}"),
+        }
+    }
+
+    fn save_at_end(&mut self) -> Result<(), Failure> {
+        let Some(path) = &self.plan.snapshot_out else { return Ok(()) };
+        let saving = session::save(self.branches.environment(), path, self.console);
+        self.reactor.block_on(saving)
+    }
+
     fn execute(&mut self, code: &str) -> Result<(), Failure> {
         // Ctrl-C that came while nothing ran means nothing now.
         self.reactor.block_on(async {
@@ -142,8 +162,11 @@ impl Repl {
                 }
             }
         });
-        let cell = session::execute(&mut *self.environment, code, &mut self.interrupts);
-        match self.reactor.block_on(cell) {
+        let execution = self.reactor.block_on(async {
+            self.branches.remember().await;
+            session::execute(self.branches.environment(), code, &mut self.interrupts).await
+        });
+        match execution {
             Ok(execution) => self.show(&execution),
             Err(error) => {
                 self.console.complain(&error.to_string());
@@ -189,36 +212,75 @@ impl Repl {
     }
 
     fn command(&mut self, command: &str) -> Result<(), Failure> {
+        let (name, argument) = command.split_once(' ').unwrap_or((command, ""));
+        match self.obey(name, argument.trim()) {
+            // A mistake at the prompt ends nothing.
+            Err(Failure::Usage(message) | Failure::Failed(message)) => {
+                self.console.complain(&message);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn obey(&mut self, command: &str, argument: &str) -> Result<(), Failure> {
+        let number = |default: Option<usize>| match (argument, default) {
+            ("", Some(number)) => Ok(number),
+            _ => argument.parse::<usize>().map_err(|_| {
+                Failure::Usage(format!("write a number after `{command}`, not `{argument}`"))
+            }),
+        };
         match command {
-            ":vars" => match self.reactor.block_on(self.environment.list_variables()) {
-                Ok(variables) => {
-                    for variable in variables {
-                        let kaa::Variable { name, type_name, repr, .. } = variable;
-                        self.console.line(&format!("{name}: {type_name} = {repr}"))?;
-                    }
+            ":vars" => {
+                let variables = self.branches.environment().list_variables();
+                for variable in self.reactor.block_on(variables)? {
+                    let kaa::Variable { name, type_name, repr, .. } = variable;
+                    self.console.line(&format!("{name}: {type_name} = {repr}"))?;
                 }
-                Err(error) => self.console.complain(&error.to_string()),
-            },
+            }
             ":usage" => {
                 if let Some(last) = &self.last {
                     self.console.line(&format!("last cell: {}", usage_text(last)))?;
                 }
                 self.console.line(&format!("session: {}", usage_text(&self.total)))?;
             }
-            ":reset" => {
-                let Plan { contexts, variables, .. } = &self.plan;
-                let (contexts, variables) = (contexts.clone(), variables.clone());
-                let environment = &mut *self.environment;
-                self.reactor.block_on(async {
-                    environment.reset().await?;
-                    session::fill(environment, contexts, variables).await
-                })?;
-                self.last = None;
-                self.total = Usage::default();
+            ":rewind" => {
+                let cells = number(Some(1))?;
+                self.reactor.block_on(self.branches.rewind(&self.base, cells))?;
             }
+            ":fork" => {
+                let (from, _) = self.branches.place();
+                self.reactor.block_on(self.branches.fork())?;
+                let (number, _) = self.branches.place();
+                self.console.note(&format!("session {number}, a copy of session {from}"));
+            }
+            ":go" => self.branches.go_to(number(None)?)?,
+            ":save" if !argument.is_empty() => {
+                let path = Path::new(argument);
+                let saving = session::save(self.branches.environment(), path, self.console);
+                self.reactor.block_on(saving)?;
+            }
+            ":reset" => self.reset()?,
             ":help" => self.console.out(HELP.as_bytes())?,
-            other => self.console.complain(&format!("there is no command `{other}`; see :help")),
+            other => {
+                let reason = format!("there is no command `{other} {argument}`; see :help");
+                return Err(Failure::Usage(reason));
+            }
         }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), Failure> {
+        let Plan { contexts, variables, .. } = &self.plan;
+        let (contexts, variables) = (contexts.clone(), variables.clone());
+        let environment = self.branches.environment();
+        self.reactor.block_on(async {
+            self.base.reset(environment).await?;
+            session::fill(environment, contexts, variables).await
+        })?;
+        self.branches.forget();
+        self.last = None;
+        self.total = Usage::default();
         Ok(())
     }
 }

@@ -50,13 +50,17 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
     let stdin_taken = flags.file.as_deref().is_some_and(|path| path == Path::new("-"));
     let cells = cells(flags.file.as_deref(), flags.cells, flags.code)?;
     let plan = flags.session.resolve(stdin_taken.then_some("the cell's code"))?;
-    let (runtime, image) = session::prepare(&plan, console)?;
+    let base = session::prepare(&plan, console)?;
     let result = session::block_on(async {
-        let Plan { options, contexts, variables, .. } = plan;
-        let mut environment: Box<dyn Environment> = Box::new(runtime.environment(&image, options)?);
+        let Plan { options, contexts, variables, snapshot_out, .. } = plan;
+        let mut environment = base.open(options)?;
         let result = async {
             session::fill(&mut *environment, contexts, variables).await?;
-            run_cells(&mut *environment, &cells, console, flags.json).await
+            let ending = run_cells(&mut *environment, &cells, console, flags.json).await?;
+            if let Some(path) = &snapshot_out {
+                session::save(&mut *environment, path, console).await?;
+            }
+            Ok::<_, Failure>(ending)
         };
         let result = result.await;
         let closed = environment.close().await;
@@ -65,7 +69,7 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
         Ok(ending)
     });
     // Unmapping what the process is about to lose anyway takes as long as running a cell.
-    std::mem::forget((runtime, image));
+    std::mem::forget(base);
     result
 }
 

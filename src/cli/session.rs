@@ -1,17 +1,18 @@
 //! What the commands that run cells share: the store, the image, the session, Ctrl-C.
 
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use kaa::{
     Context, Environment, EnvironmentExt, EnvironmentOptions, Execution, Image, Limit, Outcome,
-    Runtime, Store, Value,
+    Runtime, Snapshot, Store, Value, inspect_snapshot,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Failure;
 use super::console::Console;
 use super::progress::Display;
+use super::units::megabytes;
 
 /// A session as it is meant: everything is read and checked.
 #[derive(Debug)]
@@ -21,6 +22,36 @@ pub(super) struct Plan {
     pub(super) options: EnvironmentOptions,
     pub(super) contexts: Vec<Context>,
     pub(super) variables: Vec<(String, Value)>,
+    pub(super) snapshot_in: Option<PathBuf>,
+    pub(super) snapshot_out: Option<PathBuf>,
+}
+
+/// What sessions begin with.
+pub(super) struct Base {
+    pub(super) runtime: Runtime,
+    pub(super) image: Image,
+    snapshot: Option<Snapshot>,
+}
+
+impl Base {
+    /// A new session.
+    pub(super) fn open(
+        &self,
+        options: EnvironmentOptions,
+    ) -> Result<Box<dyn Environment>, Failure> {
+        Ok(Box::new(match &self.snapshot {
+            Some(snapshot) => self.runtime.resume(snapshot, options)?,
+            None => self.runtime.environment(&self.image, options)?,
+        }))
+    }
+
+    /// Makes a session what it was when it was opened.
+    pub(super) async fn reset(&self, environment: &mut dyn Environment) -> kaa::Result<()> {
+        match &self.snapshot {
+            Some(snapshot) => environment.restore(snapshot).await,
+            None => environment.reset().await,
+        }
+    }
 }
 
 /// The directory that the user or the system gives.
@@ -39,18 +70,39 @@ pub(super) fn store() -> Result<Store, Failure> {
     Ok(Store::open(store_path()?)?)
 }
 
-/// The engine and the image of a plan; makes what is missing, and shows it.
-pub(super) fn prepare(plan: &Plan, console: Console) -> Result<(Runtime, Image), Failure> {
+/// The engine and what a plan begins with; makes what is missing, and shows it.
+pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
     let runtime = Runtime::open(store()?)?;
     let display = Display::new(console);
+    let refused = |error| match error {
+        kaa::Error::Io { source, .. } => Failure::usage("--snapshot-in", source),
+        kaa::Error::Incompatible { .. } => Failure::usage("--snapshot-in", error),
+        other => other.into(),
+    };
+    let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
+    let image = header.as_ref().map_or(&plan.image, |header| &header.image.name);
+    let flag = if header.is_some() { "--snapshot-in" } else { "--image" };
     let image = runtime
-        .image_from(&plan.image, plan.wheel.as_deref(), &|report| display.show(report))
+        .image_from(image, plan.wheel.as_deref(), &|report| display.show(report))
         .map_err(|error| match error {
-            kaa::Error::Invalid { .. } => Failure::usage("--image", error),
+            kaa::Error::Invalid { .. } => Failure::usage(flag, error),
             other => other.into(),
         })?;
     drop(display);
-    Ok((runtime, image))
+    let load = |path| runtime.load_snapshot(path).map_err(refused);
+    let snapshot = plan.snapshot_in.as_ref().map(load).transpose()?;
+    Ok(Base { runtime, image, snapshot })
+}
+
+/// Writes a session to a file, and says so.
+pub(super) async fn save(
+    environment: &mut dyn Environment,
+    path: &Path,
+    console: Console,
+) -> Result<(), Failure> {
+    let bytes = environment.snapshot().await?.save(path)?;
+    console.note(&format!("saved the session to {}, {}", path.display(), megabytes(bytes)));
+    Ok(())
 }
 
 /// The runtime under all sessions of this process: one thread is enough for one session.
