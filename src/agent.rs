@@ -27,6 +27,7 @@ use crate::protocol::{
     CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
 };
 use crate::snapshot::{SessionRecord, Told};
+use crate::tenant::LmQuota;
 use crate::value::Value;
 
 /// Characters kept of a `repr` in a report of variables.
@@ -73,6 +74,8 @@ pub(crate) struct Conversation {
     profile: Profile,
     output_chars: Option<usize>,
     lm: Option<Arc<dyn LmHandler>>,
+    /// What the tenant may ask of it.
+    quota: Option<LmQuota>,
     depth: i32,
     tools: BTreeMap<String, Tool>,
     limits: Limits,
@@ -130,6 +133,7 @@ impl Conversation {
                 Profile::OpenEnv => Some(options.output_chars.unwrap_or(OPENENV_OUTPUT_CHARS)),
             },
             lm: options.lm.clone(),
+            quota: None,
             depth: i32::from(options.depth) + 1,
             tools: BTreeMap::new(),
             limits: options.limits.clone(),
@@ -247,6 +251,11 @@ impl Conversation {
         let mut message = Message::new(json!({ "op": "exec", "cell": self.cells }));
         message.body = code.as_bytes().to_vec();
         message
+    }
+
+    /// Sets what the tenant may ask of language models, from the next call on.
+    pub(crate) fn set_quota(&mut self, quota: LmQuota) {
+        self.quota = Some(quota);
     }
 
     /// Notes why the guest is being stopped; the agent asks when it gets the signal.
@@ -380,6 +389,11 @@ impl Conversation {
             ));
             return Ok(Answer::Now(self.finish(done)));
         }
+        let quota = self.quota.clone();
+        if let Some(Err(error)) = quota.as_ref().map(|quota| quota.calls(count)) {
+            let done = refuse(error.to_string());
+            return Ok(Answer::Now(self.finish(done)));
+        }
         self.calls.bytes = bytes;
         self.calls.lm += count;
         let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
@@ -392,6 +406,12 @@ impl Conversation {
         let concurrency = self.limits.lm_concurrency as usize;
         Ok(Answer::Later(Box::pin(async move {
             let asked = requests.clone();
+            let most = concurrency.min(asked.len());
+            let permits = match &quota {
+                Some(quota) => Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await),
+                None => None,
+            };
+            let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
             let results = match (call.batched, asked.len()) {
                 (false, 1) => {
                     let request = asked.into_iter().next().expect("there is one");

@@ -453,6 +453,9 @@ pub struct EnvironmentOptions {
     pub depth: u16,
     /// Host functions.
     pub tools: Vec<Tool>,
+    /// Whose session it is, made by [`Runtime::tenant`](crate::Runtime::tenant). Default: the
+    /// runtime's default tenant.
+    pub tenant: Option<crate::tenant::Tenant>,
 }
 
 impl fmt::Debug for EnvironmentOptions {
@@ -464,6 +467,7 @@ impl fmt::Debug for EnvironmentOptions {
             .field("depth", &self.depth)
             .field("lm", &self.lm.is_some())
             .field("tools", &self.tools)
+            .field("tenant", &self.tenant)
             .finish_non_exhaustive()
     }
 }

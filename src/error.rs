@@ -39,6 +39,17 @@ pub enum Error {
         /// The operation's name, as in [`Capabilities`](crate::Capabilities).
         operation: &'static str,
     },
+    /// The tenant has all that it may have of something. Everything that was open stays usable; ask
+    /// again when some of it was given back, or raise the quota.
+    #[error("tenant `{tenant}` is over its quota of {quota}: {reason}")]
+    Quota {
+        /// The tenant's name.
+        tenant: String,
+        /// The field of [`Quotas`](crate::Quotas).
+        quota: &'static str,
+        /// How much it has, and what helps.
+        reason: String,
+    },
     /// Something outside Kaa that the operation needs isn't there: pip, a network, an LM handler.
     /// The message says what to install or start. Everything that was open stays usable.
     #[error("{what} is not available: {reason}")]
@@ -90,6 +101,7 @@ impl Error {
             Self::Invalid { .. }
             | Self::Closed
             | Self::Unsupported { .. }
+            | Self::Quota { .. }
             | Self::Unavailable { .. }
             | Self::Incompatible { .. }
             | Self::Protocol { .. }

@@ -47,6 +47,7 @@ pub mod lm;
 mod policy;
 mod protocol;
 mod snapshot;
+mod tenant;
 mod value;
 pub mod wasm;
 
@@ -67,5 +68,6 @@ pub use snapshot::{
     ClockRecord, SessionRecord, Snapshot, SnapshotData, SnapshotHeader, SnapshotImage, Told,
     inspect_snapshot,
 };
+pub use tenant::{Quotas, Refusals, Tenant, TenantUsage};
 pub use value::Value;
 pub use wasm::{Image, ImageSpec, Metering, Runtime, WasmEnvironment};

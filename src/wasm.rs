@@ -50,6 +50,7 @@ use self::session::Start;
 use crate::error::{Error, Result};
 use crate::image::{ImageManifest, ProgressFn, Store};
 use crate::snapshot::Snapshot;
+use crate::tenant::{Quotas, Tenant, TenantUsage};
 
 /// The rewriting of modules, for the tests that compare rewritten modules with their originals.
 #[doc(hidden)]
@@ -278,6 +279,29 @@ impl Runtime {
         options: crate::environment::EnvironmentOptions,
     ) -> Result<WasmEnvironment> {
         WasmEnvironment::open(&self.shared, image, options)
+    }
+
+    /// A new tenant. Its sessions share the quotas and get as much of the processors as all those of
+    /// any other tenant; see [`EnvironmentOptions::tenant`](crate::EnvironmentOptions::tenant).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a quota out of range, and for a name that is empty, too long or that of
+    /// a living tenant.
+    pub fn tenant(&self, name: &str, quotas: Quotas) -> Result<Tenant> {
+        self.shared.tenants.tenant(name, quotas)
+    }
+
+    /// The tenant of sessions that were opened without one. Its quotas can be set.
+    #[must_use]
+    pub fn default_tenant(&self) -> Tenant {
+        self.shared.tenants.default_tenant()
+    }
+
+    /// What every living tenant has and had, by name.
+    #[must_use]
+    pub fn usage(&self) -> Vec<TenantUsage> {
+        self.shared.tenants.usage()
     }
 
     /// A session that goes on from a snapshot, of this process or read from a file.

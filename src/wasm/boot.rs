@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::clock::VirtualClock;
@@ -170,7 +170,8 @@ fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Resul
         streams: Streams::default(),
         conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
         budget: super::budget::Budget::start(limits),
-        memory_limit: super::guest::MemoryLimit::new(4 << 30),
+        memory_limit: super::guest::MemoryLimit::new(4 << 30, Weak::new()),
+        leave: Arc::default(),
         signal: Arc::default(),
         handles: None,
         fault: None,

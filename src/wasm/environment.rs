@@ -11,8 +11,7 @@ use tokio::task::JoinHandle;
 use super::Image;
 use super::asleep::Asleep;
 use super::files::Scratch;
-use super::guest::Signal;
-use super::opening::{self, Origin, Shared, resumed};
+use super::opening::{self, Origin, Shared, Ties, resumed};
 use super::saved::{BACKEND, Saved};
 use super::session::{Session, Turn, TurnEnd};
 use crate::agent::{Streams, check_name, check_tool, variables};
@@ -41,7 +40,7 @@ const SERVICE_TIME: Duration = Duration::from_secs(30);
 /// millisecond; one that waits for an LM, a tool or a sleep holds none.
 pub struct WasmEnvironment {
     phase: Phase,
-    signal: Arc<Signal>,
+    ties: Ties,
     shared: Arc<Shared>,
     options: EnvironmentOptions,
     /// Tools that were registered since the last turn: the session may be away, being saved.
@@ -107,11 +106,12 @@ impl WasmEnvironment {
                 format!("the image alone has {} bytes", image.manifest().memory_bytes),
             ));
         }
-        let signal = Arc::new(Signal::default());
-        let session = opening::open(shared, image, &options, origin, &signal)?;
+        let tenant = options.tenant.clone().unwrap_or_else(|| shared.tenants.default_tenant());
+        let ties = Ties { seat: Arc::new(tenant.open_session()?), signal: Arc::default() };
+        let session = opening::open(shared, image, &options, origin, &ties)?;
         Ok(Self {
             phase: Phase::Ready(Box::new(session)),
-            signal,
+            ties,
             shared: Arc::clone(shared),
             options,
             new_tools: Vec::new(),
@@ -145,6 +145,18 @@ impl WasmEnvironment {
                 Err(Error::Internal("a session is not where it should be".into()))
             }
         }
+    }
+
+    /// The session, with leave to compute.
+    async fn admitted(&mut self) -> Result<&mut Session> {
+        // First what may take long without a guest that computes.
+        self.session().await?;
+        let permit = self.ties.seat.admit().await?;
+        let session = self.session().await?;
+        let guest = session.guest_mut();
+        guest.conversation.set_quota(permit.lm());
+        guest.leave.set(Some(permit));
+        Ok(session)
     }
 
     /// Waits for the checkpoint that is being taken, if any.
@@ -220,6 +232,7 @@ impl WasmEnvironment {
         let asleep = asleep.map_err(|e| Error::Internal(format!("hibernating: {e}")))??;
         let bytes = asleep.bytes();
         release(std::mem::replace(&mut self.phase, Phase::Asleep(asleep)));
+        self.ties.seat.set_memory(0);
         Ok(bytes)
     }
 
@@ -247,10 +260,10 @@ impl WasmEnvironment {
             return Ok(());
         };
         let (shared, image) = (Arc::clone(&self.shared), self.image.base());
-        let (options, signal) = (self.options.clone(), Arc::clone(&self.signal));
+        let (options, ties) = (self.options.clone(), self.ties.clone());
         let wake = move || {
             let session = asleep.read(&image).and_then(|saved| {
-                opening::open(&shared, &image, &options, Origin::Saved(&saved), &signal)
+                opening::open(&shared, &image, &options, Origin::Saved(&saved), &ties)
             });
             session.map_err(|error| (error, asleep))
         };
@@ -280,7 +293,7 @@ impl WasmEnvironment {
         };
         let sent_bytes = request.body.len();
         let turn = self.turn();
-        let session = self.session().await?;
+        let session = self.admitted().await?;
         session.guest_mut().streams = streams(QUIET_OUTPUT_BYTES);
         session.guest_mut().conversation.begin(Some(request), &limits);
         let (end, _) = session.turn(turn, &limits).await;
@@ -407,7 +420,7 @@ impl Environment for WasmEnvironment {
     }
 
     fn interrupt(&self) -> Interrupt {
-        let signal = Arc::clone(&self.signal);
+        let signal = Arc::clone(&self.ties.signal);
         Interrupt::new(move || signal.raise())
     }
 
@@ -415,7 +428,7 @@ impl Environment for WasmEnvironment {
         let limits = options.limits.unwrap_or_else(|| self.options.limits.clone());
         limits.validate()?;
         let turn = self.turn();
-        let session = self.session().await?;
+        let session = self.admitted().await?;
         let guest = session.guest_mut();
         guest.streams = streams(limits.output_bytes as usize);
         let request = guest.conversation.cell(code);
@@ -526,8 +539,7 @@ impl Environment for WasmEnvironment {
         self.saved().await;
         // A session that can't be opened leaves the old one what it was.
         let origin = self.image.origin();
-        let session =
-            opening::open(&self.shared, &self.image, &self.options, origin, &self.signal)?;
+        let session = opening::open(&self.shared, &self.image, &self.options, origin, &self.ties)?;
         release(std::mem::replace(&mut self.phase, Phase::Ready(Box::new(session))));
         self.new_tools.clear();
         Ok(())

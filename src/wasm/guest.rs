@@ -7,9 +7,9 @@
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use wasmtime::{Caller, Global, Linker, Memory, ResourceLimiter, TypedFunc, Val};
@@ -27,6 +27,7 @@ use crate::error::Error;
 use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
 use crate::snapshot::SessionRecord;
+use crate::tenant::{Seat, Turn as Permit};
 
 /// Bytes that cost one unit of fuel when the host moves them for the guest.
 const BYTES_PER_FUEL: u64 = 1;
@@ -87,6 +88,44 @@ impl Signal {
     }
 }
 
+/// A turn's leave to compute. It's shared between the store, for the imports, and the future of the
+/// turn, so that a future that is dropped gives it back.
+#[derive(Debug, Default)]
+pub(crate) struct Leave(Mutex<Option<Permit>>);
+
+impl Leave {
+    pub(crate) fn set(&self, permit: Option<Permit>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = permit;
+    }
+
+    pub(crate) fn take(&self) -> Option<Permit> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn is_contended(&self) -> bool {
+        let permit = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        permit.as_ref().is_some_and(Permit::is_contended)
+    }
+}
+
+/// Gives the leave back when the turn is over, or its future is dropped.
+pub(crate) struct LeaveGuard(pub(crate) Arc<Leave>);
+
+impl LeaveGuard {
+    /// The turn is over; so much was computed since the last charge.
+    pub(crate) fn finish(self, computed: Duration) {
+        if let Some(permit) = self.0.take() {
+            permit.finish(computed);
+        }
+    }
+}
+
+impl Drop for LeaveGuard {
+    fn drop(&mut self) {
+        drop(self.0.take());
+    }
+}
+
 /// What an instance exports that the host uses.
 #[derive(Clone)]
 pub(crate) struct Handles {
@@ -105,20 +144,23 @@ pub(crate) struct Handles {
 }
 
 /// Bounds the guest's memory: growth beyond it is refused, which Python raises as `MemoryError`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct MemoryLimit {
     pub(crate) bytes_max: usize,
     pub(crate) memory_bytes: usize,
     table_bytes: usize,
+    /// What the tenant has room for. The session holds it: what is left of one that is gone, or an
+    /// image that is booted, has none.
+    pub(crate) seat: Weak<Seat>,
 }
 
 /// What wasmtime allocates per table element.
 const TABLE_ELEMENT_BYTES: usize = 16;
 
 impl MemoryLimit {
-    pub(crate) fn new(bytes_max: u64) -> Self {
+    pub(crate) fn new(bytes_max: u64, seat: Weak<Seat>) -> Self {
         let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
-        Self { bytes_max, memory_bytes: 0, table_bytes: 0 }
+        Self { bytes_max, memory_bytes: 0, table_bytes: 0, seat }
     }
 }
 
@@ -131,6 +173,10 @@ impl ResourceLimiter for MemoryLimit {
     ) -> wasmtime::Result<bool> {
         let others = self.memory_bytes.saturating_sub(current) + self.table_bytes;
         if current > 0 && desired.saturating_add(others) > self.bytes_max {
+            return Ok(false);
+        }
+        let added = desired.saturating_sub(current) as u64;
+        if current > 0 && self.seat.upgrade().is_some_and(|seat| !seat.grow(added)) {
             return Ok(false);
         }
         self.memory_bytes = self.memory_bytes.saturating_sub(current) + desired;
@@ -168,6 +214,8 @@ pub(crate) struct Guest {
     pub(crate) conversation: Conversation,
     pub(crate) budget: Budget,
     pub(crate) memory_limit: MemoryLimit,
+    /// The leave to compute, while a turn runs and doesn't wait.
+    pub(crate) leave: Arc<Leave>,
     pub(crate) signal: Arc<Signal>,
     pub(crate) handles: Option<Handles>,
     /// What the guest did wrong, for [`Halt::Fault`].
@@ -226,7 +274,8 @@ impl Guest {
             streams: Streams::default(),
             conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
             budget: Budget::start(Limits::default()),
-            memory_limit: MemoryLimit::new(0),
+            memory_limit: MemoryLimit::new(0, Weak::new()),
+            leave: Arc::default(),
             signal: Arc::default(),
             handles: self.handles.take(),
             fault: None,
@@ -275,7 +324,9 @@ async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
     };
     let left = fuel.get(&mut caller).i64().unwrap_or(0);
     let interrupted = caller.data().signal.take();
-    let verdict = caller.data_mut().budget.slice(left, interrupted);
+    let guest = caller.data_mut();
+    guest.budget.use_short_slices(guest.leave.is_contended());
+    let verdict = guest.budget.slice(left, interrupted);
     let grant = caller.data().budget.grant();
     fuel.set(&mut caller, Val::I64(grant))?;
     let lowest = caller.data().budget.floor();
@@ -285,8 +336,16 @@ async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
         Verdict::SoftStop(limit) => soft_stop(&mut caller, limit).await?,
         Verdict::HardStop => return Err(Halt::HardStop.into()),
     }
-    caller.data_mut().budget.pause();
-    tokio::task::yield_now().await;
+    let guest = caller.data_mut();
+    guest.budget.pause();
+    let computed = guest.budget.take_unbilled();
+    match guest.leave.take() {
+        Some(mut permit) => {
+            permit.slice_end(computed).await;
+            caller.data().leave.set(Some(permit));
+        }
+        None => tokio::task::yield_now().await,
+    }
     caller.data_mut().budget.resume();
     Ok(())
 }
@@ -331,13 +390,23 @@ pub(crate) async fn wait_outside<F: Future>(
     let (deadline, verdict) = guest.budget.wait_deadline();
     let signal = Arc::clone(&guest.signal);
     let stopped = guest.budget.stopped_by().is_some();
+    let computed = guest.budget.take_unbilled();
+    let mut permit = guest.leave.take();
+    if let Some(permit) = &mut permit {
+        permit.pause(computed);
+    }
     let result = tokio::select! {
         biased;
         output = outside => Ok(output),
         () = tokio::time::sleep_until(deadline.into()) => Err(verdict),
         () = signal.wait(), if !stopped => Err(Verdict::SoftStop(Limit::Interrupt)),
     };
-    caller.data_mut().budget.resume_after_wait(since);
+    let waited = since.elapsed();
+    if let Some(permit) = &mut permit {
+        permit.resume().await;
+    }
+    caller.data().leave.set(permit);
+    caller.data_mut().budget.resume_after_wait(waited);
     match result {
         Ok(output) => Ok(Some(output)),
         Err(Verdict::SoftStop(limit)) => {

@@ -1,5 +1,6 @@
 //! Opens sessions: everything that the host keeps about one is put together here.
 
+use std::num::NonZero;
 use std::sync::{Arc, OnceLock};
 
 use rand::RngExt;
@@ -21,16 +22,20 @@ use crate::error::{Error, Result};
 use crate::image::Store;
 use crate::policy::{Clock, Policy};
 use crate::snapshot::SessionRecord;
+use crate::tenant::{Seat, Tenants};
 
 /// What all sessions of a runtime share.
 pub(crate) struct Shared {
     pub(crate) store: Store,
+    pub(crate) tenants: Tenants,
     scratches: OnceLock<Arc<Scratches>>,
 }
 
 impl Shared {
     pub(crate) fn new(store: Store) -> Arc<Self> {
-        Arc::new(Self { store, scratches: OnceLock::new() })
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let tenants = Tenants::new(processors);
+        Arc::new(Self { store, tenants, scratches: OnceLock::new() })
     }
 
     /// Where this process keeps what belongs to sessions, made when the first one needs it.
@@ -45,6 +50,13 @@ impl Shared {
         let scratches = Scratches::open(&self.store.scratch())?;
         Ok(self.scratches.get_or_init(|| scratches))
     }
+}
+
+/// What a session belongs to, and how it is reached from outside.
+#[derive(Clone)]
+pub(crate) struct Ties {
+    pub(crate) seat: Arc<Seat>,
+    pub(crate) signal: Arc<Signal>,
 }
 
 /// What a new session begins with.
@@ -75,10 +87,10 @@ pub(crate) fn open(
     image: &Image,
     options: &EnvironmentOptions,
     origin: Origin<'_>,
-    signal: &Arc<Signal>,
+    ties: &Ties,
 ) -> Result<Session> {
     let start = Arc::clone(&image.0.start);
-    let make = |kept| guest(shared, image, options, origin, kept, Arc::clone(signal));
+    let make = |kept| guest(shared, image, options, origin, kept, ties);
     let (Origin::Template(saved) | Origin::Saved(saved)) = origin else {
         return Session::new(start, make);
     };
@@ -161,7 +173,7 @@ fn guest(
     options: &EnvironmentOptions,
     origin: Origin<'_>,
     kept: Option<Kept>,
-    signal: Arc<Signal>,
+    ties: &Ties,
 ) -> Result<Guest> {
     let manifest = image.manifest();
     let (store, limits) = (&shared.store, &options.limits);
@@ -223,8 +235,9 @@ fn guest(
         streams: Streams::default(),
         conversation,
         budget: Budget::start(limits.clone()),
-        memory_limit: MemoryLimit::new(limits.memory_bytes),
-        signal,
+        memory_limit: MemoryLimit::new(limits.memory_bytes, Arc::downgrade(&ties.seat)),
+        leave: Arc::default(),
+        signal: Arc::clone(&ties.signal),
         handles: None,
         fault: None,
         refused_bytes: None,

@@ -8,7 +8,7 @@ use wasmtime::{Engine, Instance, InstancePre, Store, Val};
 use wasmtime_wasi::I32Exit;
 
 use super::budget::Budget;
-use super::guest::{Guest, Halt, Handles};
+use super::guest::{Guest, Halt, Handles, LeaveGuard};
 use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
 use super::memory::{MemoryImage, Run, Slot, WASM_PAGE, with_slot};
 use super::opening::Kept;
@@ -294,6 +294,7 @@ impl Session {
         let store = self.store_mut();
         let handles = store.data().handles.clone().expect("an instance has handles");
         let guest = store.data_mut();
+        let leave = LeaveGuard(Arc::clone(&guest.leave));
         guest.running = true;
         guest.fault = None;
         guest.refused_bytes = None;
@@ -317,6 +318,8 @@ impl Session {
                 .and_then(|before| Some(before.saturating_sub(store.get_fuel().ok()?)));
         }
         let guest = store.data_mut();
+        let computed = guest.budget.take_unbilled();
+        leave.finish(computed);
         let end = match result {
             Ok(_) => {
                 guest.running = false;
@@ -370,7 +373,7 @@ impl Session {
             let image = Arc::new(MemoryImage::of(memory)?);
             let globals = std::mem::take(&mut self.checkpoint.globals);
             let state = State::of(image, globals);
-            self.private_bytes = state.bytes;
+            self.note_private(state.bytes);
             self.rebuild(&state)?;
             self.checkpoint = state;
             return Ok(());
@@ -385,8 +388,15 @@ impl Session {
         rest.into_iter().for_each(|range| self.checkpoint.copy(memory, range));
         let own_runs: usize =
             self.laid.iter().filter(|run| self.is_own(run)).map(|run| run.range().len()).sum();
-        self.private_bytes = kept + self.checkpoint.page_bytes() + own_runs;
+        self.note_private(kept + self.checkpoint.page_bytes() + own_runs);
         Ok(())
+    }
+
+    fn note_private(&mut self, bytes: usize) {
+        self.private_bytes = bytes;
+        if let Some(seat) = self.guest().memory_limit.seat.upgrade() {
+            seat.set_memory(bytes as u64);
+        }
     }
 
     /// Whether nobody else has the run.
@@ -436,7 +446,10 @@ impl Session {
         let bytes = handles.memory.data_size(&*store);
         if bytes < state.bytes {
             let pages = (state.bytes - bytes).div_ceil(WASM_PAGE);
+            // What the tenant is charged with is what isn't shared: see `save`.
+            let seat = std::mem::take(&mut store.data_mut().memory_limit.seat);
             let grown = handles.memory.grow(&mut *store, pages as u64);
+            store.data_mut().memory_limit.seat = seat;
             grown.map_err(|e| Error::invalid("limits.memory_bytes", format!("{e:#}")))?;
         }
         let memory = handles.memory.data_mut(&mut *store);
