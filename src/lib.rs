@@ -70,4 +70,7 @@ pub use snapshot::{
 };
 pub use tenant::{Quotas, Refusals, Tenant, TenantUsage};
 pub use value::Value;
-pub use wasm::{Image, ImageSpec, Metering, Runtime, WasmEnvironment};
+pub use wasm::{
+    Image, ImageSpec, Metering, Pool, PoolPolicy, PoolStatus, PooledEnvironment, Runtime,
+    WasmEnvironment,
+};

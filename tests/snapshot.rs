@@ -178,8 +178,9 @@ async fn a_template_shares_its_context_and_not_its_randomness() {
         child.reset().await.unwrap();
         assert_eq!(print(&mut child, "print(lines)").await, "1000000\n");
         let private = child.snapshot().await.map(|_| child.private_bytes()).unwrap();
-        assert!(private.unwrap() < 8 << 20, "{private:?} bytes of a child's own");
-        child.hibernate().await.unwrap();
+        assert!(private < 8 << 20, "{private:?} bytes of a child's own");
+        let bytes = child.hibernate().await.unwrap();
+        assert!(bytes < 4 << 20, "what the template has is not written: {bytes}");
         assert_eq!(print(&mut child, "print(len(context))").await, "22000000\n");
     }
 }
@@ -236,6 +237,10 @@ async fn a_large_state_is_saved_and_found_again() {
     let loaded = runtime().load_snapshot(&file).unwrap();
     let mut loaded = runtime().resume(&loaded, EnvironmentOptions::default()).unwrap();
     assert_eq!(shown(&mut loaded, "digest()").await, expected);
+    run(&mut loaded, "import os; noise = os.urandom(20_000_000); check = noise[-5:]").await;
+    let bytes = loaded.hibernate().await.unwrap();
+    assert!(bytes > 20_000_000, "what only it has is written: {bytes}");
+    assert_eq!(shown(&mut loaded, "noise[-5:] == check").await, "True");
     let mut fork = session.fork().await.unwrap();
     assert_eq!(fork.execute("digest()").await.unwrap().value.unwrap(), expected);
 }

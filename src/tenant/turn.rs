@@ -39,6 +39,11 @@ impl Seat {
         self.account.set_memory(&self.memory_bytes, bytes);
     }
 
+    /// The session's memory, as it was last set, and what it has grown by since.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes.load(Ordering::Relaxed)
+    }
+
     /// Waits until a cell may begin, and until it has a processor. May be dropped at any time.
     ///
     /// # Errors

@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::protocol::{Message, VariableReport, decode_value};
 use crate::snapshot::Snapshot;
+use crate::tenant::Seat;
 use crate::value::Value;
 
 /// What a process killed by `SIGABRT` would have exited with: a trap of the guest.
@@ -74,6 +75,15 @@ impl std::fmt::Debug for WasmEnvironment {
 }
 
 impl WasmEnvironment {
+    pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+        backend: BACKEND,
+        isolated: true,
+        fuel: true,
+        rollback: true,
+        snapshot: true,
+        deterministic: true,
+    };
+
     pub(crate) fn open(
         shared: &Arc<Shared>,
         image: &Image,
@@ -223,10 +233,10 @@ impl WasmEnvironment {
         }
         let (shared, image) = (Arc::clone(&self.shared), self.image.base());
         let session = self.session().await?;
-        let saved = Saved::capture(&image, session)?;
+        // Before the capture, which has every run too.
         let runs = session.checkpoint().runs().iter();
-        // The capture has every run once more.
         let runs = runs.filter(|run| !session.is_own(run)).cloned().collect();
+        let saved = Saved::capture(&image, session)?;
         let write = move || Asleep::new(&shared, &saved, runs);
         let asleep = tokio::task::spawn_blocking(write).await;
         let asleep = asleep.map_err(|e| Error::Internal(format!("hibernating: {e}")))??;
@@ -236,6 +246,31 @@ impl WasmEnvironment {
         Ok(bytes)
     }
 
+    /// A second session in the same state, with the same options: [`Environment::fork`] with the
+    /// type of this backend.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub async fn fork_session(&mut self) -> Result<Self> {
+        let image = self.image.base();
+        let session = self.session().await?;
+        let saved = Saved::capture(&image, session)?;
+        Self::resume(&self.shared, &saved, self.options.clone())
+    }
+
+    /// Removes the session's files, and reports what resists.
+    pub(crate) async fn close_files(&mut self) -> Result<()> {
+        self.saved().await;
+        match &mut self.phase {
+            // A directory that was never used is worth keeping.
+            Phase::Ready(session) if !session.guest().files.is_unused() => {
+                session.guest_mut().scratch.take().map_or(Ok(()), Scratch::close)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the session is hibernated.
     #[must_use]
     pub fn is_hibernated(&self) -> bool {
@@ -243,14 +278,15 @@ impl WasmEnvironment {
     }
 
     /// Bytes of memory that only this session takes, as of its last checkpoint: the pages that it
-    /// wrote, and their copies for the rollback. `None` while a checkpoint is being taken.
+    /// wrote, and their copies for the rollback.
     #[must_use]
-    pub fn private_bytes(&self) -> Option<u64> {
-        match &self.phase {
-            Phase::Ready(session) => Some(session.private_bytes() as u64),
-            Phase::Asleep(_) | Phase::Lost(_) => Some(0),
-            Phase::Saving(_) => None,
-        }
+    pub fn private_bytes(&self) -> u64 {
+        self.ties.seat.memory_bytes()
+    }
+
+    /// The session's part of its tenant.
+    pub(crate) fn seat(&self) -> &Arc<Seat> {
+        &self.ties.seat
     }
 
     async fn wake(&mut self) -> Result<()> {
@@ -409,14 +445,7 @@ impl Environment for WasmEnvironment {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            backend: BACKEND,
-            isolated: true,
-            fuel: true,
-            rollback: true,
-            snapshot: true,
-            deterministic: true,
-        }
+        Self::CAPABILITIES
     }
 
     fn interrupt(&self) -> Interrupt {
@@ -530,9 +559,7 @@ impl Environment for WasmEnvironment {
     }
 
     async fn fork(&mut self) -> Result<Box<dyn Environment>> {
-        let snapshot = self.snapshot().await?;
-        let saved = snapshot.data::<Saved>(BACKEND)?;
-        Ok(Box::new(Self::resume(&self.shared, saved, self.options.clone())?))
+        Ok(Box::new(self.fork_session().await?))
     }
 
     async fn reset(&mut self) -> Result<()> {
@@ -546,14 +573,7 @@ impl Environment for WasmEnvironment {
     }
 
     async fn close(mut self: Box<Self>) -> Result<()> {
-        self.saved().await;
-        match &mut self.phase {
-            // An empty one that was never used is worth keeping.
-            Phase::Ready(session) if !session.guest().files.is_unused() => {
-                session.guest_mut().scratch.take().map_or(Ok(()), Scratch::close)
-            }
-            _ => Ok(()),
-        }
+        self.close_files().await
     }
 }
 

@@ -148,8 +148,6 @@ pub(crate) struct Session {
     /// What is mapped over the slot's image.
     laid: Vec<Run>,
     checkpoint: State,
-    /// Bytes that only this session has, as of its last checkpoint.
-    private_bytes: usize,
 }
 
 impl Session {
@@ -172,8 +170,7 @@ impl Session {
             None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None),
         };
         let guest = make(store.as_mut().and_then(|store| store.data_mut().take_kept()))?;
-        let mut session =
-            Self { start, slot, store: None, laid: Vec::new(), checkpoint, private_bytes: 0 };
+        let mut session = Self { start, slot, store: None, laid: Vec::new(), checkpoint };
         match store {
             Some(mut store) => {
                 let before = std::mem::replace(store.data_mut(), guest);
@@ -236,11 +233,6 @@ impl Session {
     /// The state of the last checkpoint.
     pub(crate) fn checkpoint(&self) -> &State {
         &self.checkpoint
-    }
-
-    /// Bytes that only this session has, in memory and for its checkpoint, as of the checkpoint.
-    pub(crate) fn private_bytes(&self) -> usize {
-        self.private_bytes
     }
 
     /// Size of the memory.
@@ -392,8 +384,8 @@ impl Session {
         Ok(())
     }
 
-    fn note_private(&mut self, bytes: usize) {
-        self.private_bytes = bytes;
+    /// Tells the tenant what only this session has, in memory and for its checkpoint.
+    fn note_private(&self, bytes: usize) {
         if let Some(seat) = self.guest().memory_limit.seat.upgrade() {
             seat.set_memory(bytes as u64);
         }
