@@ -14,6 +14,7 @@ import sys
 
 from .calls import Channel, LimitReached, Models, make_tool
 from .cells import VALUE, Sources, compile_cell, cut_middle, format_exception, plain_traceback, stored_names
+from .freeze import Survey, fill_holes
 from .imports import ImportGuard
 from .namespace import REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
@@ -46,6 +47,8 @@ class Agent:
         self.imports = ImportGuard(module.__dict__)
         self.scheduler = None
         self.echo = None
+        self.found = None  # The survey, while an image is being built.
+        self.filling = []
         self.reported = False  # Whether code of the cell ran after the cell, for its report.
         self.value_chars, self.repr_chars = VALUE_CHARS, REPR_CHARS
         self.operations = {
@@ -60,6 +63,7 @@ class Agent:
             "setup": self.setup,
             "reset": self.reset,
             "preload": self.preload,
+            "survey": self.survey,
             "freeze": self.freeze,
         }
         if shims:
@@ -219,11 +223,20 @@ class Agent:
         self.repairs.restore()
         return {"failed": failed}, None
 
-    def freeze(self, _header, _data):
-        """Leaves only what every session needs, just before the memory is saved.
+    def survey(self, _header, _data):
+        """Names the addresses of a batch of objects, which the host then makes immortal; an empty one is the last."""
+        if self.found is None:
+            self.clean()
+            self.found = Survey()
+        body, addresses = Body(), self.found.next()
+        if addresses:
+            body.add(addresses)
+        else:
+            self.found = None
+        return {}, body
 
-        The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
-        """
+    def clean(self):
+        """Leaves only what every session needs."""
         for name in ("last_exc", "last_type", "last_value", "last_traceback"):
             sys.__dict__.pop(name, None)
         self.sources.clear()
@@ -231,6 +244,14 @@ class Agent:
         self.repairs.restore()
         gc.collect()
         gc.collect()
+
+    def freeze(self, _header, _data):
+        """The last thing before the memory is saved.
+
+        The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
+        """
+        self.clean()
+        self.filling.append(fill_holes())
         gc.freeze()
         code, names = self.entry
         return {"code": id(code), "names": id(names)}, None

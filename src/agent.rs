@@ -59,7 +59,7 @@ pub(crate) const TURN: &str = "__kaa_turn__()";
 pub(crate) const BOOTSTRAP: &str = include_str!("../guest/bootstrap.py");
 
 /// The agent's modules in the order of their installation.
-pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
+pub(crate) fn agent_sources() -> [(&'static str, &'static str); 15] {
     macro_rules! sources {
         ($($name:literal),+ $(,)?) => {
             [$(($name, include_str!(concat!("../guest/", $name, ".py")))),+]
@@ -74,6 +74,7 @@ pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
         "namespace",
         "profiles",
         "repairs",
+        "freeze",
         "pools",
         "locks",
         "threads",
@@ -196,7 +197,7 @@ impl Conversation {
     }
 
     /// Lets a guest that has no agent ask for its sources.
-    pub(crate) fn offer_sources(&mut self, sources: [(&str, &str); 14]) {
+    pub(crate) fn offer_sources(&mut self, sources: [(&str, &str); 15]) {
         let mut message = Message::default();
         let mut list = Vec::new();
         for (name, source) in sources {

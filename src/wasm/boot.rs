@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::clock::VirtualClock;
 use super::fetch::megabytes;
 use super::files::{Files, Scratch};
-use super::guest::Guest;
+use super::guest::{Guest, write_u32};
 use super::memory::MemoryImage;
 use super::module::CompiledGuest;
 use super::pins::pins;
@@ -40,6 +40,10 @@ const BOOT_TIME_NS: u64 = 1_767_225_600_000_000_000;
 const BOOT_SEED: u64 = 0;
 /// What a failing setup may show of its own output.
 const OUTPUT_BYTES: usize = 64 << 10;
+
+/// The count of references of an immortal object (`_Py_IMMORTAL_INITIAL_REFCNT` of CPython 3.14 and
+/// later where a pointer has 32 bits).
+const IMMORTAL: u32 = 5 << 28;
 
 /// Cells that warm the agent up before its memory is saved: what they touch first is then in every
 /// session already.
@@ -224,6 +228,7 @@ async fn boot(
     if let Some((path, source)) = &recipe.setup {
         setup(&mut session, path, source).await?;
     }
+    immortalize(&mut session).await?;
     let reply = turn(&mut session, TURN, Some(Message::new(json!({ "op": "freeze" })))).await?;
     let address = |name: &str| {
         let address = reply.header.get(name).and_then(serde_json::Value::as_u64);
@@ -232,6 +237,27 @@ async fn boot(
     };
     let entry = Entry { code: address("code")?, names: address("names")? };
     Ok(Booted { session, dot, entry })
+}
+
+/// Sets the count of references of everything that the guest holds to one that CPython leaves alone.
+/// Else using an object is writing to its page, which a session then has to copy.
+async fn immortalize(session: &mut Session) -> Result<()> {
+    loop {
+        let request = Message::new(json!({ "op": "survey" }));
+        let reply = turn(session, TURN, Some(request)).await?;
+        if reply.body.is_empty() {
+            return Ok(());
+        }
+        let memory = session.memory_mut();
+        for address in reply.body.chunks_exact(4) {
+            let address = u32::from_le_bytes(address.try_into().expect("four bytes"));
+            // The count is an object's first word. An address that isn't one is the agent's mistake,
+            // and only its own memory is at stake.
+            if address.is_multiple_of(4) {
+                let _ = write_u32(memory, address, IMMORTAL);
+            }
+        }
+    }
 }
 
 async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {

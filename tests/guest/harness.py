@@ -11,7 +11,7 @@ import threading
 import time
 
 GUEST = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "guest"))
-ORDER = "values streams imports calls cells namespace profiles repairs pools locks threads loop agent __init__".split()
+ORDER = "values streams imports calls cells namespace profiles repairs freeze pools locks threads loop agent __init__".split()
 
 CHILD = """
 def child():
