@@ -14,7 +14,7 @@ import sys
 
 from .calls import Channel, LimitReached, Models, make_tool
 from .cells import VALUE, Sources, compile_cell, cut_middle, format_exception, plain_traceback, stored_names
-from .freeze import Survey, fill_holes
+from .freeze import Survey, fill_holes, gather
 from .imports import ImportGuard
 from .namespace import REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
@@ -48,7 +48,7 @@ class Agent:
         self.scheduler = None
         self.echo = None
         self.found = None  # The survey, while an image is being built.
-        self.filling = []
+        self.filling = None
         self.reported = False  # Whether code of the cell ran after the cell, for its report.
         self.value_chars, self.repr_chars = VALUE_CHARS, REPR_CHARS
         self.operations = {
@@ -63,6 +63,7 @@ class Agent:
             "setup": self.setup,
             "reset": self.reset,
             "preload": self.preload,
+            "gather": self.gather,
             "survey": self.survey,
             "freeze": self.freeze,
         }
@@ -153,8 +154,8 @@ class Agent:
         self.echo = None if echo == "profile" else echo
         name, available = header.get("profile", self.profile.name), header.get("lm", self.models.available)
         # An image usually has the right profile already, and defining the globals again would only dirty memory.
-        if name != self.profile.name or available != self.models.available:
-            self.models.available = available
+        changed, self.models.available = available != self.models.available, available
+        if name != self.profile.name or (changed and self.profile.needs_models):
             self.use_profile(name)
         allowed = header["allowed_imports"] if "allowed_imports" in header else self.profile.imports
         if allowed != self.imports.allowed:
@@ -223,6 +224,14 @@ class Agent:
         self.repairs.restore()
         return {"failed": failed}, None
 
+    def gather(self, _header, _data):
+        """Puts the code side by side that ran since the last time."""
+        self.clean()
+        filling = fill_holes()
+        gather()
+        del filling
+        return {}, None
+
     def survey(self, _header, _data):
         """Names the addresses of a batch of objects, which the host then makes immortal; an empty one is the last."""
         if self.found is None:
@@ -250,8 +259,9 @@ class Agent:
 
         The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
         """
+        self.filling = None
         self.clean()
-        self.filling.append(fill_holes())
+        self.filling = fill_holes()
         gc.freeze()
         code, names = self.entry
         return {"code": id(code), "names": id(names)}, None

@@ -1,11 +1,15 @@
-"""What is done to the heap just before an image is saved, so that a session writes to few of its pages.
+"""What is done to the heap before an image is saved, so that a session writes to few of its pages.
 
-A page that a session writes is copied for it. Two things write all over a heap that nobody changes: counts of references,
-and small objects that are put into the holes between large ones. So what the image holds becomes immortal (CPython
-leaves the counts of immortal objects alone; nothing of the image is ever freed), and the holes are filled.
+A page that a session writes is copied for it. Three things write all over a heap that nobody changes:
+
+- counts of references. What the image holds becomes immortal: CPython leaves the counts of such objects alone, and
+  nothing of the image is ever freed.
+- counters in code that runs. The functions that sessions run get their code side by side.
+- small objects that are put into the holes between others. The holes are filled.
 """
 
 import gc
+import opcode
 import sys
 import types
 
@@ -15,7 +19,28 @@ HOLES_MAX = 1 << 16
 CHUNK, CHUNK_HEAD = 16, 4  # The grain of the guest's `malloc`, and what it keeps of each.
 _is_immortal = getattr(sys, "_is_immortal", None)  # Since CPython 3.14.
 _is_tracked, _referents, _keys = gc.is_tracked, gc.get_referents, dict.keys
+_RUN = getattr(opcode, "_specialized_opmap", {}).get("RESUME_CHECK")  # What the first instruction becomes.
 _ID_BYTES = 4 if sys.maxsize < 2**32 else 8
+
+
+def gather():
+    """Gives every function that has run new code, side by side with that of the others, which has not run."""
+    copies = {}
+    for value in gc.get_objects():
+        if type(value) is types.FunctionType and _has_run(value.__code__):
+            code = value.__code__
+            if id(code) not in copies:
+                copies[id(code)] = code, _copy(code)
+            value.__code__ = copies[id(code)][1]
+
+
+def _has_run(code):
+    return _RUN is not None and not _is_immortal(code) and _RUN in code._co_code_adaptive[::2]
+
+
+def _copy(code):
+    consts = [_copy(value) if type(value) is types.CodeType else value for value in code.co_consts]
+    return code.replace(co_consts=tuple(consts))
 
 
 class Survey:
