@@ -49,6 +49,7 @@ class Agent:
         self.echo = None
         self.found = None  # The survey, while an image is being built.
         self.filling = None
+        self.settled = {}
         self.reported = False  # Whether code of the cell ran after the cell, for its report.
         self.value_chars, self.repr_chars = VALUE_CHARS, REPR_CHARS
         self.operations = {
@@ -224,11 +225,12 @@ class Agent:
         self.repairs.restore()
         return {"failed": failed}, None
 
-    def gather(self, _header, _data):
-        """Puts the code side by side that ran since the last time."""
+    def gather(self, header, _data):
+        """Puts the code side by side that ran since the last time; some of it for good."""
         self.clean()
-        filling = fill_holes()
-        gather()
+        filling, new = fill_holes(), gather(self.settled)
+        if header.get("settle"):
+            self.settled.update(new)
         del filling
         return {}, None
 

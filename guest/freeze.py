@@ -23,15 +23,20 @@ _RUN = getattr(opcode, "_specialized_opmap", {}).get("RESUME_CHECK")  # What the
 _ID_BYTES = 4 if sys.maxsize < 2**32 else 8
 
 
-def gather():
-    """Gives every function that has run new code, side by side with that of the others, which has not run."""
-    copies = {}
+def gather(settled):
+    """Gives every function that has run new code, side by side with that of the others, which has not run.
+
+    Code in `settled`, a dict by identity, stays where it is. Returns the new code as another such dict.
+    """
+    copies, new = {}, {}
     for value in gc.get_objects():
-        if type(value) is types.FunctionType and _has_run(value.__code__):
+        if type(value) is types.FunctionType and _has_run(value.__code__) and id(value.__code__) not in settled:
             code = value.__code__
             if id(code) not in copies:
-                copies[id(code)] = code, _copy(code)
+                copy = _copy(code)
+                copies[id(code)], new[id(copy)] = (code, copy), copy
             value.__code__ = copies[id(code)][1]
+    return new
 
 
 def _has_run(code):

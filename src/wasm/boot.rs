@@ -247,15 +247,16 @@ async fn boot(
         setup(&mut session, path, source).await?;
     }
     immortalize(&mut session).await?;
-    // What the first leaves in disorder at its own end, the second finds.
-    freeze(&mut session).await?;
-    let entry = freeze(&mut session).await?;
+    // What the first leaves in disorder at its own end, the second finds; it comes the way on which
+    // nothing is compiled.
+    let entry = freeze(&mut session, Turn::Source(TURN)).await?;
+    let entry = freeze(&mut session, Turn::Entry(entry)).await?;
     Ok(Booted { session, dot, entry })
 }
 
 /// The last thing that runs in the guest.
-async fn freeze(session: &mut Session) -> Result<Entry> {
-    let reply = ask(session, Message::new(json!({ "op": "freeze" }))).await?;
+async fn freeze(session: &mut Session, line: Turn) -> Result<Entry> {
+    let reply = turn(session, line, Some(Message::new(json!({ "op": "freeze" })))).await?;
     let address = |name: &str| {
         let address = reply.header.get(name).and_then(serde_json::Value::as_u64);
         let address = address.and_then(|address| u32::try_from(address).ok());
@@ -267,15 +268,23 @@ async fn freeze(session: &mut Session) -> Result<Entry> {
 /// Runs cells until the interpreter has fitted the code that they use to what they do. That code is
 /// put side by side before: its counters are written whenever it runs.
 async fn warm_up(session: &mut Session, cells: &[&str]) -> Result<()> {
-    for round in 0..ROUNDS {
-        if round < 2 {
-            ask(session, Message::new(json!({ "op": "gather" }))).await?;
-        }
-        for cell in cells {
-            let mut request = Message::new(json!({ "op": "exec", "cell": 0 }));
-            request.body = cell.as_bytes().to_vec();
-            ask(session, request).await?;
-        }
+    ask(session, Message::new(json!({ "op": "gather" }))).await?;
+    // Every cell runs what the first one does: that gets the first place.
+    for cells in [&cells[..1], cells] {
+        run(session, cells).await?;
+        ask(session, Message::new(json!({ "op": "gather", "settle": true }))).await?;
+    }
+    for _ in 0..ROUNDS {
+        run(session, cells).await?;
+    }
+    Ok(())
+}
+
+async fn run(session: &mut Session, cells: &[&str]) -> Result<()> {
+    for cell in cells {
+        let mut request = Message::new(json!({ "op": "exec", "cell": 0 }));
+        request.body = cell.as_bytes().to_vec();
+        ask(session, request).await?;
     }
     Ok(())
 }
