@@ -1,3 +1,5 @@
+"""What cells do with numpy most, run before an image is saved. Leaves no variables."""
+
 exec(r"""
 import numpy as np
 

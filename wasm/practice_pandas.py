@@ -1,3 +1,5 @@
+"""What cells do with pandas most, run before an image is saved. Leaves no variables."""
+
 exec(r"""
 import io
 import pandas as pd
