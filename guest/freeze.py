@@ -88,8 +88,10 @@ def fill_holes():
     """Takes all free memory that lies in pieces, so that the next objects lie side by side; returns what must be kept.
 
     `malloc` takes the smallest piece that is large enough. What it gives for `HOLE_MAX` is the front of the piece that
-    is to be used next; a smaller request which ends up there found no other.
+    is to be used next; a smaller request which ends up there found no other. Only the guest's own `malloc` is like that.
     """
+    if sys.platform != "wasi":
+        return []
     kept, count, front = [None] * HOLES_MAX, 0, id(bytes(HOLE_MAX))
     size = HOLE_MAX
     while size >= CHUNK and count < HOLES_MAX:
