@@ -20,6 +20,7 @@ use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{
     CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
+    encode_text, take_text,
 };
 use crate::value::Value;
 
@@ -360,12 +361,9 @@ impl Conversation {
         self.calls.bytes = bytes;
         self.calls.lm += count;
         let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
-        let mut requests = Vec::with_capacity(call.prompts.len());
-        let mut allowance = body.len();
-        for prompt in call.prompts {
-            let prompt = prompt_of(decode_within(prompt, &body, &mut allowance)?)?;
-            requests.push(LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth });
-        }
+        let request =
+            |prompt| LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth };
+        let requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
         let concurrency = self.limits.lm_concurrency as usize;
         Ok(Answer::Later(Box::pin(async move {
             let asked = requests.clone();
@@ -399,21 +397,22 @@ impl Conversation {
             return Message::new(json!({ "error": error.message }));
         }
         let mut requests = requests.into_iter();
-        let responses: Vec<Value> = results
+        let mut message = Message::default();
+        let body = &mut message.body;
+        let responses: Vec<Json> = results
             .into_iter()
             .map(|result| match (requests.next(), result) {
                 (Some(request), Ok(completion)) => {
                     self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-                    let response = Value::Str(completion.response.clone());
+                    let response = encode_text(&completion.response, body);
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
                 }
-                (_, Err(error)) => Value::Str(format!("Error: {error}")),
-                (None, Ok(completion)) => Value::Str(completion.response),
+                (_, Err(error)) => encode_text(&format!("Error: {error}"), body),
+                (None, Ok(completion)) => encode_text(&completion.response, body),
             })
             .collect();
-        let mut message = Message::default();
-        message.put("responses", &Value::List(responses));
+        message.header.insert("responses".into(), responses.into());
         message
     }
 
@@ -563,6 +562,19 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
         format!("{what} name `{}`", name.escape_debug()),
         "it must be a Python identifier",
     ))
+}
+
+/// The prompts of a call.
+fn prompts(encoded: Vec<Json>, mut body: Vec<u8>) -> Result<Vec<Prompt>> {
+    if let [json] = encoded.as_slice() {
+        match take_text(json, body) {
+            Ok(text) => return Ok(vec![Prompt::Text(text)]),
+            Err(back) => body = back,
+        }
+    }
+    let mut allowance = body.len();
+    let prompt = |json| prompt_of(decode_within(json, &body, &mut allowance)?);
+    encoded.into_iter().map(prompt).collect()
 }
 
 fn prompt_of(value: Value) -> Result<Prompt> {

@@ -46,17 +46,16 @@ impl Message {
         Self { header, body: Vec::new() }
     }
 
-    /// The bytes of the message; an empty header and body are no bytes at all.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    /// The bytes that come before the body; an empty header and body are no bytes at all.
+    pub(crate) fn head(&self) -> Vec<u8> {
         if self.header.is_empty() && self.body.is_empty() {
             return Vec::new();
         }
-        let mut bytes = Vec::with_capacity(256 + self.body.len());
+        let mut bytes = Vec::with_capacity(256);
         bytes.extend_from_slice(&[0; 4]);
         serde_json::to_writer(&mut bytes, &self.header).expect("JSON goes into memory");
         let length = (bytes.len() - 4) as u32;
         bytes[..4].copy_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(&self.body);
         bytes
     }
 
@@ -211,8 +210,7 @@ pub(crate) fn encode_value(value: &Value, body: &mut Vec<u8>) -> Json {
             None if value.is_nan() => json!({ "$float": "nan" }),
             None => json!({ "$float": if *value > 0.0 { "inf" } else { "-inf" } }),
         },
-        Value::Str(text) if text.len() <= INLINE_CHARS_MAX => Json::String(text.clone()),
-        Value::Str(text) => json!({ "$str": append(body, text.as_bytes()) }),
+        Value::Str(text) => encode_text(text, body),
         Value::Wtf8(bytes) => json!({ "$wtf8": append(body, bytes) }),
         Value::Bytes(bytes) => json!({ "$bytes": append(body, bytes) }),
         Value::List(items) => items.iter().map(|item| encode_value(item, body)).collect(),
@@ -227,6 +225,30 @@ pub(crate) fn encode_value(value: &Value, body: &mut Vec<u8>) -> Json {
             }
         }
     }
+}
+
+/// As [`encode_value`], for a text that isn't a [`Value`].
+pub(crate) fn encode_text(text: &str, body: &mut Vec<u8>) -> Json {
+    if text.len() <= INLINE_CHARS_MAX {
+        return Json::String(text.to_owned());
+    }
+    json!({ "$str": append(body, text.as_bytes()) })
+}
+
+/// The body as a text, if all of it is what `json` refers to: a long text need not be copied then.
+/// Else the body comes back.
+///
+/// # Errors
+///
+/// The body.
+pub(crate) fn take_text(json: &Json, body: Vec<u8>) -> Result<String, Vec<u8>> {
+    let whole = json
+        .as_object()
+        .filter(|map| map.len() == 1)
+        .and_then(|map| map.get("$str"))
+        .and_then(|range| slice(range, &body).ok())
+        .is_some_and(|text| text.len() == body.len());
+    if whole { String::from_utf8(body).map_err(|e| e.into_bytes()) } else { Err(body) }
 }
 
 /// Reads a value that the guest wrote.
@@ -281,9 +303,12 @@ impl Decoder<'_> {
     fn special(&mut self, form: &str, inner: Json, depth: usize) -> Result<Value> {
         let unknown = || Error::protocol(format!("a value of the unknown form `{form}`"));
         match (form, inner) {
-            // A guest that lies about its text gets replacement characters, not an error.
             ("$str", range) => {
-                Ok(Value::Str(String::from_utf8_lossy(self.slice(&range)?).into_owned()))
+                let bytes = self.slice(&range)?;
+                // A guest that lies about its text gets replacement characters, not an error.
+                let text = std::str::from_utf8(bytes)
+                    .map_or_else(|_| String::from_utf8_lossy(bytes).into_owned(), str::to_owned);
+                Ok(Value::Str(text))
             }
             ("$wtf8", range) => Ok(Value::Wtf8(self.slice(&range)?.to_vec())),
             ("$bytes", range) => Ok(Value::Bytes(self.slice(&range)?.to_vec())),
@@ -334,7 +359,7 @@ mod tests {
     fn round_trip(value: &Value) -> Value {
         let mut message = Message::default();
         message.put("value", value);
-        let back = Message::from_bytes(&message.to_bytes()).unwrap();
+        let back = Message::from_bytes(&[message.head(), message.body].concat()).unwrap();
         decode_value(back.header["value"].clone(), &back.body).unwrap()
     }
 
