@@ -106,7 +106,8 @@ class Agent:
             if operation is None:
                 raise ValueError("unknown request %s" % header.get("op"))
             reply, body = operation(header, data)
-            return pack({"op": "done", **reply}, body.join() if body is not None else b"")
+            reply["op"] = "done"
+            return pack(reply, body.join() if body is not None else b"")
         except BaseException as error:
             self.channel.watching = False
             return _failure(error)
@@ -286,16 +287,20 @@ class Agent:
         namespace.begin()
         code, value, error = self.run(_bytes(source), filename, profile.assignments and echo is not None)
         self.repairs.restore()
-        reply = {"outcome": "completed", "exit_code": None, "value": None, "exception": None}
+        reply = {"outcome": "completed"}  # What it doesn't name is nothing.
         if error is not None:
             self.report_error(error, reply)
         elif value is not None and echo is not None:
             self.report_value(value, echo, reply)
         output = self.streams.take_copy() if profile.copies_output else ""
         stored = stored_names(code) if code is not None else ()
-        submitted = namespace.restore()
-        reply["variables"] = self.report_variables(stored)
-        reply["final_answer"] = self.final_answer(submitted, output)
+        intact = namespace.unchanged()
+        submitted = namespace.restore_answer() if intact else namespace.restore()
+        if stored or not intact or namespace.sizes:
+            reply["variables"] = self.report_variables(stored)
+        answer = self.final_answer(submitted, output)
+        if answer is not None:
+            reply["final_answer"] = answer
         if channel.limit is not None:
             reply["limit"] = channel.limit
         if self.reported:
@@ -303,7 +308,7 @@ class Agent:
             self.repairs.stop_tracing()
             self.repairs.restore()
             namespace.restore()
-        namespace.before, namespace.sizes = {}, []
+        namespace.forget()
         return reply, None
 
     def run(self, source, filename, assignments):

@@ -91,8 +91,12 @@ def unpack(frame):
     if not frame:
         return {}, _memoryview(b"")
     end = 4 + _int.from_bytes(frame[:4], "big")
-    header = loads(_str(frame[4:end], "utf-8"))
-    if _type(header) is not dict:
+    text = _str(frame[4:end], "utf-8")
+    try:
+        header, stop = _scan(text, 0)
+    except StopIteration:
+        stop = -1
+    if stop != _len(text) or _type(header) is not dict:
         raise ValueError("a frame's header must be an object")
     return header, _memoryview(frame)[end:]
 
@@ -120,6 +124,8 @@ class Body:
 
 def encode(value, body):
     """The form of `value` in a header; large and raw parts go to `body`. Raises `NotRepresentable`."""
+    if _type(value) is _str:
+        return _encode_text(value, body)
     try:
         return _encode(value, body, set(), 0)
     except NotRepresentable:

@@ -176,7 +176,8 @@ class Guest:
         self.output()
         self.cells += 1
         body = code if isinstance(code, bytes) else code.encode("utf-8", "surrogatepass")
-        reply = self.request({"op": "exec", "cell": self.cells}, body)
+        nothing = {"exit_code": None, "value": None, "exception": None, "variables": [], "final_answer": None}
+        reply = {**nothing, **self.request({"op": "exec", "cell": self.cells}, body)}
         reply["stdout"], reply["stderr"] = self.output()
         return reply
 
