@@ -2,7 +2,7 @@
 
 import builtins
 
-from .values import Body, NotRepresentable, decode, encode, pack, type_name, unpack
+from .values import Body, NotRepresentable, decode, dumps, encode, pack_text, quote, type_name, unpack
 
 _len, _str, _type, _issubclass, _list, _dict, _tuple = len, str, type, issubclass, list, dict, tuple
 _EXCEPTIONS = {
@@ -10,6 +10,9 @@ _EXCEPTIONS = {
     for name, value in vars(builtins).items()
     if _type(value) is type and _issubclass(value, Exception)
 }
+
+
+_LM = '{"op":"lm","kind":"%s","prompts":[%s],"model":%s,"batched":%s}'
 
 
 class LimitReached(KeyboardInterrupt):
@@ -38,8 +41,8 @@ class Channel:
         self.answer = None  # Answers the host's own requests while a call of the guest is open.
 
     def exchange(self, header, body=None):
-        """One call: the reply's header and body."""
-        frame = pack(header, body.join() if body is not None and body.parts else b"")
+        """One call, of a header as JSON: the reply's header and body."""
+        frame = pack_text(header, body.join() if body is not None and body.parts else b"")
         self.busy = True
         try:
             reply, data = unpack(self.call(frame))
@@ -64,7 +67,7 @@ class Channel:
         if not self.watching:
             return
         try:
-            reason = self.exchange({"op": "why"})[0]
+            reason = self.exchange('{"op":"why"}')[0]
         except Exception:
             return  # The host refuses to say; it still has the hard stop.
         limit = reason.get("limit")
@@ -88,9 +91,10 @@ class Models:
         self.gather = None  # The threads shim, where there are no threads: it joins the calls of many tasks.
 
     def query(self, kind, prompt, model):
-        problem = _prompt_problem(prompt)
-        if problem:
-            return self.failed(problem, 1)[0]
+        if _type(prompt) is not _str:
+            problem = _prompt_problem(prompt)
+            if problem:
+                return self.failed(problem, 1)[0]
         return self.ask(kind, [prompt], model, False)[0]
 
     def query_batched(self, kind, prompts, model):
@@ -140,9 +144,13 @@ class Models:
         return responses
 
     def cross(self, kind, encoded, model, batched, body):
-        header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
         try:
+            texts = quote(encoded[0]) if _len(encoded) == 1 and _type(encoded[0]) is _str else dumps(encoded)[1:-1]
+            model = "null" if model is None else quote(_str.__str__(model))
+            header = _LM % (kind, texts, model, "true" if batched else "false")
             reply, data = self.channel.exchange(header, body)
+            if not reply:
+                return [_str(data, "utf-8")]  # The text alone: one answer.
             if reply.get("error") is not None:
                 if self.raises:
                     raise RuntimeError(reply["error"])
@@ -180,7 +188,7 @@ def make_tool(channel, name):
             }
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
-        reply, data = channel.exchange(header, body)
+        reply, data = channel.exchange(dumps(header), body)
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
         return decode(reply.get("value"), data)

@@ -399,20 +399,28 @@ impl Conversation {
         let mut requests = requests.into_iter();
         let mut message = Message::default();
         let body = &mut message.body;
+        // A single answer goes without a header, which would have to be taken apart.
+        let single = matches!(results.as_slice(), [Ok(one)] if !one.response.is_empty());
+        let mut encode = |text: &str| match single {
+            true => body.extend_from_slice(text.as_bytes()).into(),
+            false => encode_text(text, body),
+        };
         let responses: Vec<Json> = results
             .into_iter()
             .map(|result| match (requests.next(), result) {
                 (Some(request), Ok(completion)) => {
                     self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-                    let response = encode_text(&completion.response, body);
+                    let response = encode(&completion.response);
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
                 }
-                (_, Err(error)) => encode_text(&format!("Error: {error}"), body),
-                (None, Ok(completion)) => encode_text(&completion.response, body),
+                (_, Err(error)) => encode(&format!("Error: {error}")),
+                (None, Ok(completion)) => encode(&completion.response),
             })
             .collect();
-        message.header.insert("responses".into(), responses.into());
+        if !single {
+            message.header.insert("responses".into(), responses.into());
+        }
         message
     }
 
