@@ -2,7 +2,7 @@
 
 import builtins
 
-from .values import Body, NotRepresentable, decode, dumps, encode, pack_text, quote, type_name, unpack
+from .values import Body, NotRepresentable, decode, encode, pack, type_name, unpack
 
 _len, _str, _type, _issubclass, _list, _dict, _tuple = len, str, type, issubclass, list, dict, tuple
 _EXCEPTIONS = {
@@ -12,7 +12,8 @@ _EXCEPTIONS = {
 }
 
 
-_LM = '{"op":"lm","kind":"%s","prompts":[%s],"model":%s,"batched":%s}'
+# The frame of a single text, without the text: that is its body.
+_PROMPT = {kind: pack({"op": "lm", "kind": kind}) for kind in ("llm", "rlm")}
 
 
 class LimitReached(KeyboardInterrupt):
@@ -40,9 +41,8 @@ class Channel:
         self.limit = None  # The last limit raised in this turn.
         self.answer = None  # Answers the host's own requests while a call of the guest is open.
 
-    def exchange(self, header, body=None):
-        """One call, of a header as JSON: the reply's header and body."""
-        frame = pack_text(header, body.join() if body is not None and body.parts else b"")
+    def exchange(self, frame):
+        """One call: the reply's header and body."""
         self.busy = True
         try:
             reply, data = unpack(self.call(frame))
@@ -67,7 +67,7 @@ class Channel:
         if not self.watching:
             return
         try:
-            reason = self.exchange('{"op":"why"}')[0]
+            reason = self.exchange(pack({"op": "why"}))[0]
         except Exception:
             return  # The host refuses to say; it still has the hard stop.
         limit = reason.get("limit")
@@ -126,6 +126,13 @@ class Models:
 
     def send(self, kind, prompts, model, batched):
         """One crossing; as many responses as prompts."""
+        if model is None and not batched and _len(prompts) == 1 and _type(prompts[0]) is _str:
+            try:
+                frame = _PROMPT[kind] + prompts[0].encode()
+            except UnicodeEncodeError:
+                pass  # A lone surrogate.
+            else:
+                return self.cross(frame, 1)
         body, encoded, bad = Body(), [], {}
         for index, prompt in enumerate(prompts):
             mark = _len(body.parts), body.size
@@ -137,29 +144,27 @@ class Models:
                 bad[index] = self.failed("the prompt cannot be sent: %s" % error, 1)[0]
         responses = []
         if encoded:
-            responses = self.cross(kind, encoded, model, batched, body)
+            header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
+            responses = self.cross(pack(header, body.join()), _len(encoded))
         if bad:
             good = iter(responses)
             responses = [bad[index] if index in bad else next(good) for index in range(_len(prompts))]
         return responses
 
-    def cross(self, kind, encoded, model, batched, body):
+    def cross(self, frame, count):
         try:
-            texts = quote(encoded[0]) if _len(encoded) == 1 and _type(encoded[0]) is _str else dumps(encoded)[1:-1]
-            model = "null" if model is None else quote(_str.__str__(model))
-            header = _LM % (kind, texts, model, "true" if batched else "false")
-            reply, data = self.channel.exchange(header, body)
-            if not reply:
-                return [_str(data, "utf-8")]  # The text alone: one answer.
+            reply, data = self.channel.exchange(frame)
+            if not reply and count == 1:
+                return [_str(data, "utf-8")]  # The text alone.
             if reply.get("error") is not None:
                 if self.raises:
                     raise RuntimeError(reply["error"])
-                return ["Error: " + reply["error"]] * _len(encoded)
+                return ["Error: " + reply["error"]] * count
             responses = decode(reply.get("responses"), data)
-            if _type(responses) is not _list or _len(responses) != _len(encoded):
-                raise RuntimeError("the host answered %s prompts with something else" % _len(encoded))
+            if _type(responses) is not _list or _len(responses) != count:
+                raise RuntimeError("the host answered %s prompts with something else" % count)
         except Exception as error:
-            return self.failed(error, _len(encoded))
+            return self.failed(error, count)
         return ["" if response is None else response for response in responses]
 
     def failed(self, problem, count):
@@ -188,7 +193,7 @@ def make_tool(channel, name):
             }
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
-        reply, data = channel.exchange(dumps(header), body)
+        reply, data = channel.exchange(pack(header, body.join()))
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
         return decode(reply.get("value"), data)

@@ -52,8 +52,6 @@ def _make_dumps():
 
 
 dumps = _make_dumps()
-# A str as JSON: much quicker than the general way, for what is written in every call.
-quote = getattr(json.encoder, "c_encode_basestring", None) or json.encoder.py_encode_basestring
 _scan = (json.scanner.c_make_scanner or json.scanner.py_make_scanner)(json.JSONDecoder())
 _JSONDecodeError = json.JSONDecodeError
 
@@ -86,12 +84,7 @@ def to_utf8(text):
 
 def pack(header, body=b""):
     """One frame."""
-    return pack_text(dumps(header), body)
-
-
-def pack_text(header, body=b""):
-    """One frame, of a header that is JSON already."""
-    text = to_utf8(header)
+    text = to_utf8(dumps(header))
     return b"".join((_len(text).to_bytes(4, "big"), text, body))
 
 

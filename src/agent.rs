@@ -20,7 +20,7 @@ use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{
     CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
-    encode_text, take_text,
+    encode_text, text_of,
 };
 use crate::value::Value;
 
@@ -334,7 +334,8 @@ impl Conversation {
 
     fn call_lm(&mut self, message: Message) -> Result<Answer> {
         let (call, body) = message.parse::<LmCallMessage>()?;
-        let count = u32::try_from(call.prompts.len()).unwrap_or(u32::MAX);
+        let count = call.prompts.as_ref().map_or(1, Vec::len);
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
         let refuse = |text: String| {
             let results = (0..count).map(|_| Err(LmError::new(text.clone()))).collect();
             Done::Lm { requests: Vec::new(), results }
@@ -573,13 +574,8 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
 }
 
 /// The prompts of a call.
-fn prompts(encoded: Vec<Json>, mut body: Vec<u8>) -> Result<Vec<Prompt>> {
-    if let [json] = encoded.as_slice() {
-        match take_text(json, body) {
-            Ok(text) => return Ok(vec![Prompt::Text(text)]),
-            Err(back) => body = back,
-        }
-    }
+fn prompts(encoded: Option<Vec<Json>>, body: Vec<u8>) -> Result<Vec<Prompt>> {
+    let Some(encoded) = encoded else { return Ok(vec![Prompt::Text(text_of(body))]) };
     let mut allowance = body.len();
     let prompt = |json| prompt_of(decode_within(json, &body, &mut allowance)?);
     encoded.into_iter().map(prompt).collect()
@@ -588,7 +584,7 @@ fn prompts(encoded: Vec<Json>, mut body: Vec<u8>) -> Result<Vec<Prompt>> {
 fn prompt_of(value: Value) -> Result<Prompt> {
     match value {
         Value::Str(text) => Ok(Prompt::Text(text)),
-        Value::Wtf8(bytes) => Ok(Prompt::Text(String::from_utf8_lossy(&bytes).into_owned())),
+        Value::Wtf8(bytes) => Ok(Prompt::Text(text_of(bytes))),
         messages @ (Value::List(_) | Value::Map(_)) => messages
             .to_json()
             .map(Prompt::Messages)

@@ -166,7 +166,9 @@ pub(crate) struct CellReport {
 pub(crate) struct LmCallMessage {
     #[serde(default)]
     pub(crate) kind: String,
-    pub(crate) prompts: Vec<Json>,
+    /// Nothing when the body is the text of the only prompt.
+    #[serde(default)]
+    pub(crate) prompts: Option<Vec<Json>>,
     #[serde(default)]
     pub(crate) model: Option<String>,
     #[serde(default)]
@@ -235,20 +237,10 @@ pub(crate) fn encode_text(text: &str, body: &mut Vec<u8>) -> Json {
     json!({ "$str": append(body, text.as_bytes()) })
 }
 
-/// The body as a text, if all of it is what `json` refers to: a long text need not be copied then.
-/// Else the body comes back.
-///
-/// # Errors
-///
-/// The body.
-pub(crate) fn take_text(json: &Json, body: Vec<u8>) -> Result<String, Vec<u8>> {
-    let whole = json
-        .as_object()
-        .filter(|map| map.len() == 1)
-        .and_then(|map| map.get("$str"))
-        .and_then(|range| slice(range, &body).ok())
-        .is_some_and(|text| text.len() == body.len());
-    if whole { String::from_utf8(body).map_err(|e| e.into_bytes()) } else { Err(body) }
+/// A text of the guest. One that lies about it gets replacement characters, not an error.
+pub(crate) fn text_of(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
 /// Reads a value that the guest wrote.
@@ -303,13 +295,7 @@ impl Decoder<'_> {
     fn special(&mut self, form: &str, inner: Json, depth: usize) -> Result<Value> {
         let unknown = || Error::protocol(format!("a value of the unknown form `{form}`"));
         match (form, inner) {
-            ("$str", range) => {
-                let bytes = self.slice(&range)?;
-                // A guest that lies about its text gets replacement characters, not an error.
-                let text = std::str::from_utf8(bytes)
-                    .map_or_else(|_| String::from_utf8_lossy(bytes).into_owned(), str::to_owned);
-                Ok(Value::Str(text))
-            }
+            ("$str", range) => Ok(Value::Str(text_of(self.slice(&range)?.to_vec()))),
             ("$wtf8", range) => Ok(Value::Wtf8(self.slice(&range)?.to_vec())),
             ("$bytes", range) => Ok(Value::Bytes(self.slice(&range)?.to_vec())),
             ("$int", Json::String(digits)) => Ok(Value::BigInt(digits)),

@@ -142,8 +142,16 @@ class Guest:
         if call["op"] == "why":
             self.send(self.why)
         elif call["op"] == "lm":
-            prompts = [self.decode(prompt, data) for prompt in call["prompts"]]
-            self.send(self.lm(call, prompts))
+            # Without prompts the body is the only one; a single answer may be the body, too.
+            if "prompts" not in call:
+                call["prompts"] = [data.decode()]
+            encoded = call["prompts"]
+            answer = self.lm(call, [self.decode(prompt, data) for prompt in encoded])
+            texts = answer.get("responses") or [None]
+            if len(texts) == len(encoded) == 1 and texts[0]:
+                self.send({}, texts[0].encode("utf-8", "replace"))
+            else:
+                self.send(answer)
         elif call["op"] == "tool":
             args = [self.decode(arg, data) for arg in call["args"]]
             try:
