@@ -456,7 +456,7 @@ def _read_context(kind, data):
 def _seed(seed):
     """Sessions made from one image must not share their random numbers."""
     if "random" in _modules:
-        _modules["random"].seed(seed)
+        _modules["random"].seed(_int.from_bytes(seed, "big"))  # Quicker than bytes, which are hashed first.
     if "numpy" in _modules and hasattr(_modules["numpy"], "random"):
         words = [_int.from_bytes(seed[at : at + 4], "big") for at in range(0, _len(seed), 4)]
         _modules["numpy"].random.seed(words)
