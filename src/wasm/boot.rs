@@ -69,7 +69,7 @@ const PRACTICE: &[(&str, &str)] = &[
     ("numpy", include_str!("../../wasm/practice_numpy.py")),
 ];
 /// How often the cells run. The interpreter counts to a few dozens before it changes code for good.
-const ROUNDS: usize = 64;
+const ROUNDS: usize = 24;
 
 /// What a new image starts from.
 pub(crate) struct Parent {
