@@ -30,6 +30,8 @@ _exec, _eval, _len, _str, _type, _int, _bytes = exec, eval, len, str, type, int,
 _issubclass, _import = issubclass, __import__
 _modules = sys.modules
 _FAILED = pack({"op": "done", "error": "the agent failed and could not say why"})
+_COMPLETED = {"outcome": "completed"}  # What most cells end with: its frame need not be written each time.
+_COMPLETED_FRAME = pack({"op": "done", **_COMPLETED})
 _NEXT = pack({"op": "next"})
 turn = None  # Set by `install`.
 
@@ -106,6 +108,8 @@ class Agent:
             if operation is None:
                 raise ValueError("unknown request %s" % header.get("op"))
             reply, body = operation(header, data)
+            if reply is _COMPLETED:
+                return _COMPLETED_FRAME
             reply["op"] = "done"
             return pack(reply, body.join() if body is not None else b"")
         except BaseException as error:
@@ -309,6 +313,8 @@ class Agent:
             self.repairs.restore()
             namespace.restore()
         namespace.forget()
+        if _len(reply) == 1 and reply["outcome"] == "completed":
+            return _COMPLETED, None
         return reply, None
 
     def run(self, source, filename, assignments):
