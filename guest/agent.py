@@ -14,6 +14,7 @@ import sys
 
 from .calls import Channel, LimitReached, Models, make_tool
 from .cells import VALUE, Sources, compile_cell, cut_middle, format_exception, plain_traceback, stored_names
+from .freeze import Survey, fill_holes, gather
 from .imports import ImportGuard
 from .namespace import REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
@@ -29,6 +30,8 @@ _exec, _eval, _len, _str, _type, _int, _bytes = exec, eval, len, str, type, int,
 _issubclass, _import = issubclass, __import__
 _modules = sys.modules
 _FAILED = pack({"op": "done", "error": "the agent failed and could not say why"})
+_COMPLETED = {"outcome": "completed"}  # What most cells end with: its frame need not be written each time.
+_COMPLETED_FRAME = pack({"op": "done", **_COMPLETED})
 _NEXT = pack({"op": "next"})
 turn = None  # Set by `install`.
 
@@ -46,6 +49,9 @@ class Agent:
         self.imports = ImportGuard(module.__dict__)
         self.scheduler = None
         self.echo = None
+        self.found = None  # The survey, while an image is being built.
+        self.filling = None
+        self.settled = {}
         self.reported = False  # Whether code of the cell ran after the cell, for its report.
         self.value_chars, self.repr_chars = VALUE_CHARS, REPR_CHARS
         self.operations = {
@@ -60,6 +66,8 @@ class Agent:
             "setup": self.setup,
             "reset": self.reset,
             "preload": self.preload,
+            "gather": self.gather,
+            "survey": self.survey,
             "freeze": self.freeze,
         }
         if shims:
@@ -100,7 +108,10 @@ class Agent:
             if operation is None:
                 raise ValueError("unknown request %s" % header.get("op"))
             reply, body = operation(header, data)
-            return pack({"op": "done", **reply}, body.join() if body is not None else b"")
+            if reply is _COMPLETED:
+                return _COMPLETED_FRAME
+            reply["op"] = "done"
+            return pack(reply, body.join() if body is not None else b"")
         except BaseException as error:
             self.channel.watching = False
             return _failure(error)
@@ -149,8 +160,8 @@ class Agent:
         self.echo = None if echo == "profile" else echo
         name, available = header.get("profile", self.profile.name), header.get("lm", self.models.available)
         # An image usually has the right profile already, and defining the globals again would only dirty memory.
-        if name != self.profile.name or available != self.models.available:
-            self.models.available = available
+        changed, self.models.available = available != self.models.available, available
+        if name != self.profile.name or (changed and self.profile.needs_models):
             self.use_profile(name)
         allowed = header["allowed_imports"] if "allowed_imports" in header else self.profile.imports
         if allowed != self.imports.allowed:
@@ -219,11 +230,29 @@ class Agent:
         self.repairs.restore()
         return {"failed": failed}, None
 
-    def freeze(self, _header, _data):
-        """Leaves only what every session needs, just before the memory is saved.
+    def gather(self, header, _data):
+        """Puts the code side by side that ran since the last time; some of it for good."""
+        self.clean()
+        filling, new = fill_holes(), gather(self.settled)
+        if header.get("settle"):
+            self.settled.update(new)
+        del filling
+        return {}, None
 
-        The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
-        """
+    def survey(self, _header, _data):
+        """Names the addresses of a batch of objects, which the host then makes immortal; an empty one is the last."""
+        if self.found is None:
+            self.clean()
+            self.found = Survey()
+        body, addresses = Body(), self.found.next()
+        if addresses:
+            body.add(addresses)
+        else:
+            self.found = None
+        return {}, body
+
+    def clean(self):
+        """Leaves only what every session needs."""
         for name in ("last_exc", "last_type", "last_value", "last_traceback"):
             sys.__dict__.pop(name, None)
         self.sources.clear()
@@ -231,6 +260,15 @@ class Agent:
         self.repairs.restore()
         gc.collect()
         gc.collect()
+
+    def freeze(self, _header, _data):
+        """The last thing before the memory is saved.
+
+        The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
+        """
+        self.filling = None
+        self.clean()
+        self.filling = fill_holes()
         gc.freeze()
         code, names = self.entry
         return {"code": id(code), "names": id(names)}, None
@@ -253,16 +291,20 @@ class Agent:
         namespace.begin()
         code, value, error = self.run(_bytes(source), filename, profile.assignments and echo is not None)
         self.repairs.restore()
-        reply = {"outcome": "completed", "exit_code": None, "value": None, "exception": None}
+        reply = {"outcome": "completed"}  # What it doesn't name is nothing.
         if error is not None:
             self.report_error(error, reply)
         elif value is not None and echo is not None:
             self.report_value(value, echo, reply)
         output = self.streams.take_copy() if profile.copies_output else ""
         stored = stored_names(code) if code is not None else ()
-        submitted = namespace.restore()
-        reply["variables"] = self.report_variables(stored)
-        reply["final_answer"] = self.final_answer(submitted, output)
+        intact = namespace.unchanged()
+        submitted = namespace.restore_answer() if intact else namespace.restore()
+        if stored or not intact or namespace.sizes:
+            reply["variables"] = self.report_variables(stored)
+        answer = self.final_answer(submitted, output)
+        if answer is not None:
+            reply["final_answer"] = answer
         if channel.limit is not None:
             reply["limit"] = channel.limit
         if self.reported:
@@ -270,7 +312,9 @@ class Agent:
             self.repairs.stop_tracing()
             self.repairs.restore()
             namespace.restore()
-        namespace.before, namespace.sizes = {}, []
+        namespace.forget()
+        if _len(reply) == 1 and reply["outcome"] == "completed":
+            return _COMPLETED, None
         return reply, None
 
     def run(self, source, filename, assignments):
@@ -418,7 +462,7 @@ def _read_context(kind, data):
 def _seed(seed):
     """Sessions made from one image must not share their random numbers."""
     if "random" in _modules:
-        _modules["random"].seed(seed)
+        _modules["random"].seed(_int.from_bytes(seed, "big"))  # Quicker than bytes, which are hashed first.
     if "numpy" in _modules and hasattr(_modules["numpy"], "random"):
         words = [_int.from_bytes(seed[at : at + 4], "big") for at in range(0, _len(seed), 4)]
         _modules["numpy"].random.seed(words)

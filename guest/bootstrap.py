@@ -1,7 +1,7 @@
 """Installs the agent's sources as the package `kaa_agent`; run once in `__main__`, when an image is built.
 
 The host answers "sources" with the modules in the order of their dependencies: values streams imports calls cells
-namespace profiles repairs pools locks threads loop agent __init__. Afterwards every turn is the line `__kaa_turn__()`.
+namespace profiles repairs freeze pools locks threads loop agent __init__. Afterwards every turn is the line `__kaa_turn__()`.
 """
 
 

@@ -12,6 +12,10 @@ _EXCEPTIONS = {
 }
 
 
+# The frame of a single text, without the text: that is its body.
+_PROMPT = {kind: pack({"op": "lm", "kind": kind}) for kind in ("llm", "rlm")}
+
+
 class LimitReached(KeyboardInterrupt):
     """A limit of this cell was reached; `limit` names it.
 
@@ -37,9 +41,8 @@ class Channel:
         self.limit = None  # The last limit raised in this turn.
         self.answer = None  # Answers the host's own requests while a call of the guest is open.
 
-    def exchange(self, header, body=None):
+    def exchange(self, frame):
         """One call: the reply's header and body."""
-        frame = pack(header, body.join() if body is not None and body.parts else b"")
         self.busy = True
         try:
             reply, data = unpack(self.call(frame))
@@ -64,7 +67,7 @@ class Channel:
         if not self.watching:
             return
         try:
-            reason = self.exchange({"op": "why"})[0]
+            reason = self.exchange(pack({"op": "why"}))[0]
         except Exception:
             return  # The host refuses to say; it still has the hard stop.
         limit = reason.get("limit")
@@ -88,9 +91,10 @@ class Models:
         self.gather = None  # The threads shim, where there are no threads: it joins the calls of many tasks.
 
     def query(self, kind, prompt, model):
-        problem = _prompt_problem(prompt)
-        if problem:
-            return self.failed(problem, 1)[0]
+        if _type(prompt) is not _str:
+            problem = _prompt_problem(prompt)
+            if problem:
+                return self.failed(problem, 1)[0]
         return self.ask(kind, [prompt], model, False)[0]
 
     def query_batched(self, kind, prompts, model):
@@ -122,6 +126,13 @@ class Models:
 
     def send(self, kind, prompts, model, batched):
         """One crossing; as many responses as prompts."""
+        if model is None and not batched and _len(prompts) == 1 and _type(prompts[0]) is _str:
+            try:
+                frame = _PROMPT[kind] + prompts[0].encode()
+            except UnicodeEncodeError:
+                pass  # A lone surrogate.
+            else:
+                return self.cross(frame, 1)
         body, encoded, bad = Body(), [], {}
         for index, prompt in enumerate(prompts):
             mark = _len(body.parts), body.size
@@ -133,25 +144,27 @@ class Models:
                 bad[index] = self.failed("the prompt cannot be sent: %s" % error, 1)[0]
         responses = []
         if encoded:
-            responses = self.cross(kind, encoded, model, batched, body)
+            header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
+            responses = self.cross(pack(header, body.join()), _len(encoded))
         if bad:
             good = iter(responses)
             responses = [bad[index] if index in bad else next(good) for index in range(_len(prompts))]
         return responses
 
-    def cross(self, kind, encoded, model, batched, body):
-        header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
+    def cross(self, frame, count):
         try:
-            reply, data = self.channel.exchange(header, body)
+            reply, data = self.channel.exchange(frame)
+            if not reply and count == 1:
+                return [_str(data, "utf-8")]  # The text alone.
             if reply.get("error") is not None:
                 if self.raises:
                     raise RuntimeError(reply["error"])
-                return ["Error: " + reply["error"]] * _len(encoded)
+                return ["Error: " + reply["error"]] * count
             responses = decode(reply.get("responses"), data)
-            if _type(responses) is not _list or _len(responses) != _len(encoded):
-                raise RuntimeError("the host answered %s prompts with something else" % _len(encoded))
+            if _type(responses) is not _list or _len(responses) != count:
+                raise RuntimeError("the host answered %s prompts with something else" % count)
         except Exception as error:
-            return self.failed(error, _len(encoded))
+            return self.failed(error, count)
         return ["" if response is None else response for response in responses]
 
     def failed(self, problem, count):
@@ -180,7 +193,7 @@ def make_tool(channel, name):
             }
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
-        reply, data = channel.exchange(header, body)
+        reply, data = channel.exchange(pack(header, body.join()))
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
         return decode(reply.get("value"), data)

@@ -18,6 +18,7 @@ REPORT_MAX = 200
 _MISSING = object()
 _len, _type, _str, _dict, _issubclass, _id, _map, _zip = len, type, str, dict, issubclass, id, map, zip
 _SIZED = frozenset((list, dict, set, bytearray))
+_no_sized = _SIZED.isdisjoint
 _update, _setitem = dict.update, dict.__setitem__
 
 
@@ -65,7 +66,7 @@ class Namespace:
         self.first = {}  # What the aliases `context` and `history` mean.
         self.answer = Answer(content="", ready=False)
         self.was_ready = False
-        self.before, self.sizes = {}, []
+        self.keys, self.ids, self.sizes = [], [], []  # As they were before the cell.
 
     def reset(self):
         """A namespace as a fresh interpreter has it, with the globals of the profile."""
@@ -119,36 +120,44 @@ class Namespace:
     def begin(self):
         """Remembers what there is, by identity: values must not be kept alive for this."""
         names = self.names
-        try:
-            self.before = _dict(_zip(names, _map(_id, names.values())))
-        except BaseException:
-            # Keys with a `__hash__` that raises: without this, no cell could run any more.
-            kept = [(name, value) for name, value in names.items() if _type(name) is _str]
-            names.clear()
-            names.update(kept)
-            self.before = {name: _id(value) for name, value in kept}
-        self.sizes = [(name, _len(value)) for name, value in names.items() if _type(value) in _SIZED]
+        self.keys, self.ids = [*names], [*_map(_id, names.values())]
+        if _no_sized(_map(_type, names.values())):
+            self.sizes = []
+        else:
+            self.sizes = [(name, _len(value)) for name, value in names.items() if _type(value) in _SIZED]
         self.answer.touched = False
         self.was_ready = _is_true(_dict.get(self.answer, "ready"))
 
+    def unchanged(self):
+        """Whether every name means what it did before the cell: what is reserved is in its place then."""
+        names = self.names
+        try:
+            return self.ids == [*_map(_id, names.values())] and self.keys == [*names]
+        except BaseException:
+            return False  # A key with an `__eq__` that raises.
+
     def changed(self, stored):
         """The names that the cell created or changed, in the order of the namespace, with "is it new"."""
-        before, names = self.before, self.names
+        before = {name: value for name, value in _zip(self.keys, self.ids) if _type(name) is _str}
+        names, found = self.names, []
         grown = {name for name, size in self.sizes if _size(names.get(name)) != size}
-        found = []
-        if not stored and not grown and before == _dict(_zip(names, _map(_id, names.values()))):
-            return found
         for name, value in [*names.items()]:
+            if _type(name) is not _str:
+                continue
             old = before.get(name)
             if old == _id(value) and name not in stored and name not in grown:
                 continue
-            if _type(name) is _str and name[:1] != "_" and name not in self.fixed and not self.is_given(name, value):
+            if name[:1] != "_" and name not in self.fixed and not self.is_given(name, value):
                 found.append((name, value, old is None))
         return found
 
     def is_given(self, name, value):
         """Whether it is `answer`, or an alias of a context or history."""
         return name == "answer" or (name in self.first and self.first[name] is value)
+
+    def forget(self):
+        """The cell is over."""
+        self.keys = self.ids = self.sizes = ()
 
     def restore(self):
         """Puts the reserved names back; returns whether the cell submitted `answer`."""
@@ -165,10 +174,11 @@ class Namespace:
             if current is not value:
                 self.first[kind] = current
             names[kind] = current
-        return self.restore_answer(names.get("answer", _MISSING))
+        return self.restore_answer()
 
-    def restore_answer(self, current):
-        answer = self.answer
+    def restore_answer(self):
+        """Puts `answer` back; returns whether the cell submitted it."""
+        answer, current = self.answer, self.names.get("answer", _MISSING)
         if current is not answer:
             if current is _MISSING:
                 self.names["answer"] = answer

@@ -18,7 +18,17 @@ _dumps, _repr, _str, _type = json.dumps, repr, str, type
 class Profile:
     """One dialect."""
 
-    def __init__(self, name, functions, echo, assignments=False, lm_raises=False, imports=None, level=False):
+    def __init__(
+        self,
+        name,
+        functions,
+        echo,
+        assignments=False,
+        lm_raises=False,
+        imports=None,
+        level=False,
+        needs_models=False,
+    ):
         self.name = name
         self.functions = functions  # (agent) -> globals by name.
         self.echo = echo  # "silent" or "json": what is printed of the last value.
@@ -27,6 +37,7 @@ class Profile:
         self.imports = imports
         self.level = level  # Final answer: found again after every cell (openenv), or once.
         self.copies_output = level
+        self.needs_models = needs_models  # Whether the functions depend on there being models to ask.
 
 
 def _models(agent):
@@ -100,7 +111,14 @@ def _openenv(agent):
 PROFILES = {
     "rlm": Profile("rlm", _rlm, "silent"),
     "openenv": Profile(
-        "openenv", _openenv, "json", assignments=True, lm_raises=True, imports=OPENENV_IMPORTS, level=True
+        "openenv",
+        _openenv,
+        "json",
+        assignments=True,
+        lm_raises=True,
+        imports=OPENENV_IMPORTS,
+        level=True,
+        needs_models=True,
     ),
 }
 

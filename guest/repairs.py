@@ -7,7 +7,7 @@ import _signal
 import builtins
 import sys
 
-_modules, _tuple = sys.modules, tuple
+_modules = sys.modules
 _gettrace, _settrace, _getprofile, _setprofile = sys.gettrace, sys.settrace, sys.getprofile, sys.setprofile
 _getrecursionlimit, _setrecursionlimit = sys.getrecursionlimit, sys.setrecursionlimit
 # From the C module: `signal` wraps every answer in an enum.
@@ -22,7 +22,7 @@ class Repairs:
 
     def __init__(self, module, streams, handler):
         self.module, self.streams, self.handler = module, streams, handler
-        self.builtins, self.values, self.modules = {}, (), {}
+        self.builtins, self.values, self.modules = {}, [], {}
         _setsignal(_SIGINT, handler)
         self.remember()
 
@@ -31,7 +31,7 @@ class Repairs:
         self.builtins = dict(_names)
         if "sys" in _modules:
             self.modules = dict(_modules)  # For a cell that clears `sys.modules`.
-        self.values = tuple(_names.values())
+        self.values = [*_names.values()]
 
     def stop_tracing(self):
         """First of all, or the rest of the agent runs under the cell's tracer."""
@@ -43,7 +43,7 @@ class Repairs:
     def restore(self):
         try:
             # Identical objects are equal without more ado; an `__eq__` can run only where something was replaced.
-            same = _tuple(_names.values()) == self.values
+            same = [*_names.values()] == self.values
         except BaseException:
             same = False
         if not same:

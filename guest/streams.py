@@ -6,6 +6,7 @@ Nothing may wait in a buffer of the guest: a hard stop rolls the guest's memory 
 import io
 import sys
 
+_sys_names = sys.__dict__
 _FileIO, _write, _memoryview, _len = io.FileIO, io.FileIO.write, memoryview, len
 COPY_CHARS_MAX = 64 * 1024
 
@@ -50,6 +51,13 @@ class Streams:
         sys.__stdout__, sys.__stderr__, sys.__stdin__ = self.out, self.err, self.stdin
 
     def restore(self):
+        known, out, err, stdin = _sys_names.get, self.out, self.err, self.stdin
+        if known("stdout") is out and known("stderr") is err and known("stdin") is stdin:
+            try:
+                if not (out.closed or err.closed or stdin.closed):
+                    return
+            except ValueError:
+                pass  # Detached.
         if sys.__dict__.get("stdout") is not self.out or _broken(self.out):
             self.out = sys.stdout = sys.__stdout__ = self.out if not _broken(self.out) else _open(1)
         if sys.__dict__.get("stderr") is not self.err or _broken(self.err):

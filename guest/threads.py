@@ -111,7 +111,8 @@ class Scheduler:
 
     def drain(self):
         """Runs everything that is queued: the end of a cell."""
-        self.drive(lambda: False)
+        if self.queue:
+            self.drive(lambda: False)
         # A lock that is still locked now was forgotten: it must not stop the gathering in later cells.
         self.held = 0
         self.exhausted.clear()

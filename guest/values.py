@@ -70,6 +70,9 @@ def loads(text):
     return value
 
 
+_PLAIN = b"\0\0\0\2{}"  # The start of a frame that has only a body.
+
+
 def to_utf8(text):
     """UTF-8 in which every lone surrogate became U+FFFD: no JSON reader in Rust accepts one."""
     try:
@@ -82,17 +85,22 @@ def to_utf8(text):
 def pack(header, body=b""):
     """One frame."""
     text = to_utf8(dumps(header))
-    size = _len(text).to_bytes(4, "big")
-    return size + text + body if body else size + text
+    return b"".join((_len(text).to_bytes(4, "big"), text, body))
 
 
 def unpack(frame):
     """The header and the body (a memoryview) of a frame; an empty frame is an empty header."""
+    if frame[:6] == _PLAIN:
+        return {}, _memoryview(frame)[6:]
     if not frame:
         return {}, _memoryview(b"")
     end = 4 + _int.from_bytes(frame[:4], "big")
-    header = loads(_str(frame[4:end], "utf-8"))
-    if _type(header) is not dict:
+    text = _str(frame[4:end], "utf-8")
+    try:
+        header, stop = _scan(text, 0)
+    except StopIteration:
+        stop = -1
+    if stop != _len(text) or _type(header) is not dict:
         raise ValueError("a frame's header must be an object")
     return header, _memoryview(frame)[end:]
 
@@ -120,6 +128,8 @@ class Body:
 
 def encode(value, body):
     """The form of `value` in a header; large and raw parts go to `body`. Raises `NotRepresentable`."""
+    if _type(value) is _str:
+        return _encode_text(value, body)
     try:
         return _encode(value, body, set(), 0)
     except NotRepresentable:

@@ -25,6 +25,7 @@ use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{
     CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
+    encode_text, text_of,
 };
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
@@ -219,7 +220,7 @@ impl Conversation {
     }
 
     /// Lets a guest that has no agent ask for its sources.
-    pub(crate) fn offer_sources(&mut self, sources: [(&str, &str); 14]) {
+    pub(crate) fn offer_sources(&mut self, sources: [(&str, &str); 15]) {
         let mut message = Message::default();
         let mut list = Vec::new();
         for (name, source) in sources {
@@ -365,7 +366,8 @@ impl Conversation {
 
     fn call_lm(&mut self, message: Message) -> Result<Answer> {
         let (call, body) = message.parse::<LmCallMessage>()?;
-        let count = u32::try_from(call.prompts.len()).unwrap_or(u32::MAX);
+        let count = call.prompts.as_ref().map_or(1, Vec::len);
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
         let refuse = |text: String| {
             let results = (0..count).map(|_| Err(LmError::new(text.clone()))).collect();
             Done::Lm { requests: Vec::new(), results }
@@ -397,12 +399,9 @@ impl Conversation {
         self.calls.bytes = bytes;
         self.calls.lm += count;
         let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
-        let mut requests = Vec::with_capacity(call.prompts.len());
-        let mut allowance = body.len();
-        for prompt in call.prompts {
-            let prompt = prompt_of(decode_within(prompt, &body, &mut allowance)?)?;
-            requests.push(LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth });
-        }
+        let request =
+            |prompt| LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth };
+        let requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
         let concurrency = self.limits.lm_concurrency as usize;
         Ok(Answer::Later(Box::pin(async move {
             let asked = requests.clone();
@@ -442,21 +441,30 @@ impl Conversation {
             return Message::new(json!({ "error": error.message }));
         }
         let mut requests = requests.into_iter();
-        let responses: Vec<Value> = results
+        let mut message = Message::default();
+        let body = &mut message.body;
+        // A single answer goes without a header, which would have to be taken apart.
+        let single = matches!(results.as_slice(), [Ok(one)] if !one.response.is_empty());
+        let mut encode = |text: &str| match single {
+            true => body.extend_from_slice(text.as_bytes()).into(),
+            false => encode_text(text, body),
+        };
+        let responses: Vec<Json> = results
             .into_iter()
             .map(|result| match (requests.next(), result) {
                 (Some(request), Ok(completion)) => {
                     self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-                    let response = Value::Str(completion.response.clone());
+                    let response = encode(&completion.response);
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
                 }
-                (_, Err(error)) => Value::Str(format!("Error: {error}")),
-                (None, Ok(completion)) => Value::Str(completion.response),
+                (_, Err(error)) => encode(&format!("Error: {error}")),
+                (None, Ok(completion)) => encode(&completion.response),
             })
             .collect();
-        let mut message = Message::default();
-        message.put("responses", &Value::List(responses));
+        if !single {
+            message.header.insert("responses".into(), responses.into());
+        }
         message
     }
 
@@ -569,10 +577,18 @@ pub(crate) fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
     reports.into_iter().take(VARIABLES_MAX).map(variable).collect()
 }
 
+/// The prompts of a call.
+fn prompts(encoded: Option<Vec<Json>>, body: Vec<u8>) -> Result<Vec<Prompt>> {
+    let Some(encoded) = encoded else { return Ok(vec![Prompt::Text(text_of(body))]) };
+    let mut allowance = body.len();
+    let prompt = |json| prompt_of(decode_within(json, &body, &mut allowance)?);
+    encoded.into_iter().map(prompt).collect()
+}
+
 fn prompt_of(value: Value) -> Result<Prompt> {
     match value {
         Value::Str(text) => Ok(Prompt::Text(text)),
-        Value::Wtf8(bytes) => Ok(Prompt::Text(String::from_utf8_lossy(&bytes).into_owned())),
+        Value::Wtf8(bytes) => Ok(Prompt::Text(text_of(bytes))),
         messages @ (Value::List(_) | Value::Map(_)) => messages
             .to_json()
             .map(Prompt::Messages)

@@ -46,17 +46,16 @@ impl Message {
         Self { header, body: Vec::new() }
     }
 
-    /// The bytes of the message; an empty header and body are no bytes at all.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    /// The bytes that come before the body; an empty header and body are no bytes at all.
+    pub(crate) fn head(&self) -> Vec<u8> {
         if self.header.is_empty() && self.body.is_empty() {
             return Vec::new();
         }
-        let mut bytes = Vec::with_capacity(256 + self.body.len());
+        let mut bytes = Vec::with_capacity(256);
         bytes.extend_from_slice(&[0; 4]);
         serde_json::to_writer(&mut bytes, &self.header).expect("JSON goes into memory");
         let length = (bytes.len() - 4) as u32;
         bytes[..4].copy_from_slice(&length.to_be_bytes());
-        bytes.extend_from_slice(&self.body);
         bytes
     }
 
@@ -167,7 +166,9 @@ pub(crate) struct CellReport {
 pub(crate) struct LmCallMessage {
     #[serde(default)]
     pub(crate) kind: String,
-    pub(crate) prompts: Vec<Json>,
+    /// Nothing when the body is the text of the only prompt.
+    #[serde(default)]
+    pub(crate) prompts: Option<Vec<Json>>,
     #[serde(default)]
     pub(crate) model: Option<String>,
     #[serde(default)]
@@ -211,8 +212,7 @@ pub(crate) fn encode_value(value: &Value, body: &mut Vec<u8>) -> Json {
             None if value.is_nan() => json!({ "$float": "nan" }),
             None => json!({ "$float": if *value > 0.0 { "inf" } else { "-inf" } }),
         },
-        Value::Str(text) if text.len() <= INLINE_CHARS_MAX => Json::String(text.clone()),
-        Value::Str(text) => json!({ "$str": append(body, text.as_bytes()) }),
+        Value::Str(text) => encode_text(text, body),
         Value::Wtf8(bytes) => json!({ "$wtf8": append(body, bytes) }),
         Value::Bytes(bytes) => json!({ "$bytes": append(body, bytes) }),
         Value::List(items) => items.iter().map(|item| encode_value(item, body)).collect(),
@@ -227,6 +227,20 @@ pub(crate) fn encode_value(value: &Value, body: &mut Vec<u8>) -> Json {
             }
         }
     }
+}
+
+/// As [`encode_value`], for a text that isn't a [`Value`].
+pub(crate) fn encode_text(text: &str, body: &mut Vec<u8>) -> Json {
+    if text.len() <= INLINE_CHARS_MAX {
+        return Json::String(text.to_owned());
+    }
+    json!({ "$str": append(body, text.as_bytes()) })
+}
+
+/// A text of the guest. One that lies about it gets replacement characters, not an error.
+pub(crate) fn text_of(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned())
 }
 
 /// Reads a value that the guest wrote.
@@ -281,10 +295,7 @@ impl Decoder<'_> {
     fn special(&mut self, form: &str, inner: Json, depth: usize) -> Result<Value> {
         let unknown = || Error::protocol(format!("a value of the unknown form `{form}`"));
         match (form, inner) {
-            // A guest that lies about its text gets replacement characters, not an error.
-            ("$str", range) => {
-                Ok(Value::Str(String::from_utf8_lossy(self.slice(&range)?).into_owned()))
-            }
+            ("$str", range) => Ok(Value::Str(text_of(self.slice(&range)?.to_vec()))),
             ("$wtf8", range) => Ok(Value::Wtf8(self.slice(&range)?.to_vec())),
             ("$bytes", range) => Ok(Value::Bytes(self.slice(&range)?.to_vec())),
             ("$int", Json::String(digits)) => Ok(Value::BigInt(digits)),
@@ -334,7 +345,7 @@ mod tests {
     fn round_trip(value: &Value) -> Value {
         let mut message = Message::default();
         message.put("value", value);
-        let back = Message::from_bytes(&message.to_bytes()).unwrap();
+        let back = Message::from_bytes(&[message.head(), message.body].concat()).unwrap();
         decode_value(back.header["value"].clone(), &back.body).unwrap()
     }
 

@@ -6,7 +6,7 @@ pub(crate) const TURN: &str = "__kaa_turn__()";
 pub(crate) const BOOTSTRAP: &str = include_str!("../../guest/bootstrap.py");
 
 /// The agent's modules in the order of their installation.
-pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
+pub(crate) fn agent_sources() -> [(&'static str, &'static str); 15] {
     macro_rules! sources {
         ($($name:literal),+ $(,)?) => {
             [$(($name, include_str!(concat!("../../guest/", $name, ".py")))),+]
@@ -21,6 +21,7 @@ pub(crate) fn agent_sources() -> [(&'static str, &'static str); 14] {
         "namespace",
         "profiles",
         "repairs",
+        "freeze",
         "pools",
         "locks",
         "threads",

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::clock::VirtualClock;
 use super::fetch::megabytes;
 use super::files::{Files, Scratch, Scratches};
-use super::guest::Guest;
+use super::guest::{Guest, write_u32};
 use super::memory::MemoryImage;
 use super::module::CompiledGuest;
 use super::pins::pins;
@@ -28,6 +28,7 @@ use crate::image::{
     Entry, FORMAT, FileRecord, ImageManifest, MEMORY, Progress, ProgressFn, Store, create_private,
 };
 use crate::limits::Limits;
+use crate::lm::ScriptedHandler;
 use crate::policy::{Clock, Mount, Policy};
 use crate::protocol::Message;
 use serde_json::json;
@@ -41,16 +42,34 @@ const BOOT_SEED: u64 = 0;
 /// What a failing setup may show of its own output.
 const OUTPUT_BYTES: usize = 64 << 10;
 
+/// Bumped when what is done here changes what comes out of it.
+pub(crate) const BOOT_VERSION: u32 = 1;
+/// The count of references of an immortal object (`_Py_IMMORTAL_INITIAL_REFCNT` of CPython 3.14 and
+/// later where a pointer has 32 bits).
+const IMMORTAL: u32 = 5 << 28;
+
 /// Cells that warm the agent up before its memory is saved: what they touch first is then in every
-/// session already.
+/// session already, and the interpreter has fitted the agent's code to what it does.
 const WARM_UP: &[&str] = &[
     "print(1+1)",
+    "pass",
     "x = [1, 2, 3]\ny = {'a': x}\nx",
+    "x.append(4)\ntext = 'a b' * 300\ndef f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(10))",
     "1/0",
-    "def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(10))",
     "print(SHOW_VARS(), llm_query('warm'))",
-    "print(1+1)",
+    "a = llm_query(text)\nb = llm_query_batched(['warm', text])",
+    "del x, y, text, f, a, b",
 ];
+/// The same for libraries that an image imports, what sessions do most first. Such an image may have
+/// variables already: these cells leave none.
+const PRACTICE: &[(&str, &str)] = &[
+    ("numpy", "exec('import numpy as np; np.array([1, 2]).sum()', {})"),
+    ("pandas", "exec('import pandas as pd; pd.DataFrame({\"a\": [1, 2]})[\"a\"].sum()', {})"),
+    ("pandas", include_str!("../../wasm/practice_pandas.py")),
+    ("numpy", include_str!("../../wasm/practice_numpy.py")),
+];
+/// How often the cells run. The interpreter counts to a few dozens before it changes code for good.
+const ROUNDS: usize = 24;
 
 /// What a new image starts from.
 pub(crate) struct Parent {
@@ -137,14 +156,14 @@ fn start(
     let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
     let guest = boot_guest(&directories, &policy, dot)?;
     let session = Session::new(Arc::clone(&parent.start), |_| Ok(guest))?;
-    let fresh = parent.manifest.is_none();
+    let entry = parent.manifest.as_ref().map(|manifest| manifest.entry);
     // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
     // called from anywhere.
     std::thread::scope(|scope| {
         let boot = scope.spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
             let runtime = runtime.map_err(|e| Error::io("starting a runtime for the boot", e))?;
-            runtime.block_on(boot(session, fresh, dot, recipe, site.is_some()))
+            runtime.block_on(boot(session, entry, dot, recipe, site.is_some()))
         });
         boot.join().unwrap_or_else(|_| Err(Error::Internal("the boot panicked".into())))
     })
@@ -159,6 +178,11 @@ fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Resul
     let clock = VirtualClock::new(policy.clock);
     let random = policy.seed.map(|seed| SeededRandom::new(seed, 0));
     let limits = Limits::unlimited();
+    // Sessions usually have models: so the image is made for them.
+    let options = EnvironmentOptions {
+        lm: Some(Arc::new(ScriptedHandler::echo())),
+        ..EnvironmentOptions::default()
+    };
     let mounts: Vec<String> = policy.mounts.iter().map(|mount| mount.guest.clone()).collect();
     Ok(Guest {
         wasi: wasi::context(directories, policy, clock.as_ref(), random.as_ref())?,
@@ -168,7 +192,7 @@ fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Resul
         clock,
         random,
         streams: Streams::default(),
-        conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
+        conversation: Conversation::new(&options, [0; 16])?,
         budget: super::budget::Budget::start(limits),
         memory_limit: super::guest::MemoryLimit::new(4 << 30, Weak::new()),
         leave: Arc::default(),
@@ -190,12 +214,12 @@ struct Booted {
 /// Everything that runs in the guest, in order.
 async fn boot(
     mut session: Session,
-    fresh: bool,
+    parent: Option<Entry>,
     mut dot: u32,
     recipe: &Recipe,
     site: bool,
 ) -> Result<Booted> {
-    if fresh {
+    if parent.is_none() {
         session
             .call_initialize()
             .await
@@ -203,7 +227,7 @@ async fn boot(
         let placed = session.place(b".").await;
         dot = placed.map_err(|e| Error::Internal(format!("placing a name: {e:#}")))?;
         session.guest_mut().conversation.offer_sources(agent_sources());
-        turn(&mut session, BOOTSTRAP, None).await?;
+        turn(&mut session, Turn::Source(BOOTSTRAP), None).await?;
     }
     if site {
         let source = format!("__import__('sys').path.append({SITE_GUEST:?})");
@@ -211,38 +235,92 @@ async fn boot(
     }
     if !recipe.imports.is_empty() {
         let request = Message::new(json!({ "op": "preload", "imports": recipe.imports }));
-        let reply = turn(&mut session, TURN, Some(request)).await?;
+        let reply = ask(&mut session, request).await?;
         let failed =
             reply.header.get("failed").and_then(|failed| failed.as_array()?.first().cloned());
         if let Some(failed) = failed {
             return Err(Error::invalid("import", format!("the guest can't import {failed}")));
         }
     }
-    if fresh {
-        for cell in WARM_UP {
-            let mut request = Message::new(json!({ "op": "exec", "cell": 0 }));
-            request.body = cell.as_bytes().to_vec();
-            turn(&mut session, TURN, Some(request)).await?;
-        }
-        turn(&mut session, TURN, Some(Message::new(json!({ "op": "reset" })))).await?;
+    if parent.is_none() {
+        warm_up(&mut session, WARM_UP).await?;
+        ask(&mut session, Message::new(json!({ "op": "reset" }))).await?;
+    }
+    let imported = |name: &str| recipe.imports.iter().any(|import| import == name);
+    let practice: Vec<&str> =
+        PRACTICE.iter().filter(|(name, _)| imported(name)).map(|(_, cell)| *cell).collect();
+    if !practice.is_empty() {
+        warm_up(&mut session, &practice).await?;
     }
     if let Some((path, source)) = &recipe.setup {
         setup(&mut session, path, source).await?;
     }
-    let reply = turn(&mut session, TURN, Some(Message::new(json!({ "op": "freeze" })))).await?;
+    immortalize(&mut session).await?;
+    // What the first leaves in disorder at its own end, the second finds; it comes the way on which
+    // nothing is compiled.
+    let entry = freeze(&mut session, Turn::Source(TURN)).await?;
+    let entry = freeze(&mut session, Turn::Entry(entry)).await?;
+    Ok(Booted { session, dot, entry })
+}
+
+/// The last thing that runs in the guest.
+async fn freeze(session: &mut Session, line: Turn) -> Result<Entry> {
+    let reply = turn(session, line, Some(Message::new(json!({ "op": "freeze" })))).await?;
     let address = |name: &str| {
         let address = reply.header.get(name).and_then(serde_json::Value::as_u64);
         let address = address.and_then(|address| u32::try_from(address).ok());
         address.ok_or_else(|| Error::protocol("the agent did not say where its turn is"))
     };
-    let entry = Entry { code: address("code")?, names: address("names")? };
-    Ok(Booted { session, dot, entry })
+    Ok(Entry { code: address("code")?, names: address("names")? })
+}
+
+/// Runs cells until the interpreter has fitted the code that they use to what they do. That code is
+/// put side by side before: its counters are written whenever it runs.
+async fn warm_up(session: &mut Session, cells: &[&str]) -> Result<()> {
+    ask(session, Message::new(json!({ "op": "gather" }))).await?;
+    // What the first cells run gets the first places: every other cell runs it too.
+    for cell in cells {
+        run(session, cell).await?;
+        ask(session, Message::new(json!({ "op": "gather", "settle": true }))).await?;
+    }
+    for _ in 0..ROUNDS {
+        for cell in cells {
+            run(session, cell).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn run(session: &mut Session, cell: &str) -> Result<()> {
+    let mut request = Message::new(json!({ "op": "exec", "cell": 0 }));
+    request.body = cell.as_bytes().to_vec();
+    ask(session, request).await.map(drop)
+}
+
+/// Sets the count of references of everything that the guest holds to one that CPython leaves alone.
+/// Else using an object is writing to its page, which a session then has to copy.
+async fn immortalize(session: &mut Session) -> Result<()> {
+    loop {
+        let reply = ask(session, Message::new(json!({ "op": "survey" }))).await?;
+        if reply.body.is_empty() {
+            return Ok(());
+        }
+        let memory = session.memory_mut();
+        for address in reply.body.chunks_exact(4) {
+            let address = u32::from_le_bytes(address.try_into().expect("four bytes"));
+            // The count is an object's first word. An address that isn't one is the agent's mistake,
+            // and only its own memory is at stake.
+            if address.is_multiple_of(4) {
+                let _ = write_u32(memory, address, IMMORTAL);
+            }
+        }
+    }
 }
 
 async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
     let mut request = Message::new(json!({ "op": "setup", "filename": path }));
     request.body = source.as_bytes().to_vec();
-    let reply = turn(session, TURN, Some(request)).await?;
+    let reply = ask(session, request).await?;
     if reply.text("outcome") == Some("completed") {
         return Ok(());
     }
@@ -251,18 +329,18 @@ async fn setup(session: &mut Session, path: &str, source: &str) -> Result<()> {
     Err(Error::invalid(format!("setup code {path}"), traceback.to_owned()))
 }
 
-async fn turn(
-    session: &mut Session,
-    line: &'static str,
-    request: Option<Message>,
-) -> Result<Message> {
+async fn ask(session: &mut Session, request: Message) -> Result<Message> {
+    turn(session, Turn::Source(TURN), Some(request)).await
+}
+
+async fn turn(session: &mut Session, line: Turn, request: Option<Message>) -> Result<Message> {
     let limits = Limits::unlimited();
     let expects_reply = request.is_some();
     let guest = session.guest_mut();
     guest.streams =
         Streams { stdout: Capture::new(OUTPUT_BYTES), stderr: Capture::new(OUTPUT_BYTES) };
     guest.conversation.begin(request, &limits);
-    let (end, _) = session.turn(Turn::Source(line), &limits).await;
+    let (end, _) = session.turn(line, &limits).await;
     let guest = session.guest_mut();
     let what = match end {
         TurnEnd::Returned if !expects_reply => {

@@ -443,36 +443,43 @@ async fn call(
             None => Message::new(serde_json::json!({ "error": "stopped" })),
         },
     };
-    let reply = reply.to_bytes();
-    match put(&mut caller, &reply).await? {
-        Some(address) => write_result(&mut caller, out_ptr, out_len, address, reply.len()),
+    let head = reply.head();
+    let len = head.len() + reply.body.len();
+    match put(&mut caller, &head, &reply.body).await? {
+        Some(address) => write_result(&mut caller, out_ptr, out_len, address, len),
         None => Ok(CALL_FAULT),
     }
 }
 
-/// Copies bytes into a buffer that the guest allocates; `None` when it has no memory for them.
-async fn put(caller: &mut Caller<'_, Guest>, bytes: &[u8]) -> wasmtime::Result<Option<u32>> {
-    if bytes.is_empty() {
+/// Copies a message into a buffer that the guest allocates; `None` when it has no memory for it.
+async fn put(
+    caller: &mut Caller<'_, Guest>,
+    head: &[u8],
+    body: &[u8],
+) -> wasmtime::Result<Option<u32>> {
+    let len = head.len() + body.len();
+    if len == 0 {
         return Ok(Some(0));
     }
-    charge_call(caller, bytes.len() as u64)?;
+    charge_call(caller, len as u64)?;
     let handles = caller.data().handles()?;
-    let address = if bytes.len() > REPLY_BYTES_MAX {
+    let address = if len > REPLY_BYTES_MAX {
         0
     } else {
-        handles.host_alloc.call_async(&mut *caller, bytes.len() as i32).await? as u32
+        handles.host_alloc.call_async(&mut *caller, len as i32).await? as u32
     };
     let start = address as usize;
     // `host_alloc` is guest code: what it answers is checked like everything else.
-    let target =
-        handles.memory.data_mut(&mut *caller).get_mut(start..start.saturating_add(bytes.len()));
+    let target = handles.memory.data_mut(&mut *caller).get_mut(start..start.saturating_add(len));
     match target {
         Some(target) if address != 0 => {
-            target.copy_from_slice(bytes);
+            let (for_head, for_body) = target.split_at_mut(head.len());
+            for_head.copy_from_slice(head);
+            for_body.copy_from_slice(body);
             Ok(Some(address))
         }
         _ => {
-            caller.data_mut().refused_bytes = Some(bytes.len());
+            caller.data_mut().refused_bytes = Some(len);
             Ok(None)
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use zip::ZipArchive;
 
+use super::boot::BOOT_VERSION;
 use super::pins::pins;
 use crate::agent::agent_sources;
 use crate::error::{Error, Result};
@@ -132,7 +133,8 @@ impl Recipe {
     pub(crate) fn key(&self, module: &str, parent: Option<&ImageManifest>) -> String {
         let parent = parent.map_or("", |parent| parent.key.as_str());
         let imports = self.imports.join(",");
-        let counts = format!("{FORMAT} {} {}", self.setup.is_some(), self.site.len());
+        let counts =
+            format!("{FORMAT} {BOOT_VERSION} {} {}", self.setup.is_some(), self.site.len());
         let mut parts: Vec<&[u8]> =
             ["image", module, parent, &imports, &counts].map(str::as_bytes).to_vec();
         if let Some((path, source)) = &self.setup {

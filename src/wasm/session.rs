@@ -491,6 +491,13 @@ impl Session {
         (handles.memory.data(&*store), globals)
     }
 
+    /// The guest's memory.
+    pub(crate) fn memory_mut(&mut self) -> &mut [u8] {
+        let store = self.store_mut();
+        let handles = store.data().handles.clone().expect("an instance has handles");
+        handles.memory.data_mut(store)
+    }
+
     /// Calls an export of the guest by hand, when an image is booted.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ import threading
 import time
 
 GUEST = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "guest"))
-ORDER = "values streams imports calls cells namespace profiles repairs pools locks threads loop agent __init__".split()
+ORDER = "values streams imports calls cells namespace profiles repairs freeze pools locks threads loop agent __init__".split()
 
 CHILD = """
 def child():
@@ -142,8 +142,16 @@ class Guest:
         if call["op"] == "why":
             self.send(self.why)
         elif call["op"] == "lm":
-            prompts = [self.decode(prompt, data) for prompt in call["prompts"]]
-            self.send(self.lm(call, prompts))
+            # Without prompts the body is the only one; a single answer may be the body, too.
+            if "prompts" not in call:
+                call["prompts"] = [data.decode()]
+            encoded = call["prompts"]
+            answer = self.lm(call, [self.decode(prompt, data) for prompt in encoded])
+            texts = answer.get("responses") or [None]
+            if len(texts) == len(encoded) == 1 and texts[0]:
+                self.send({}, texts[0].encode("utf-8", "replace"))
+            else:
+                self.send(answer)
         elif call["op"] == "tool":
             args = [self.decode(arg, data) for arg in call["args"]]
             try:
@@ -176,7 +184,8 @@ class Guest:
         self.output()
         self.cells += 1
         body = code if isinstance(code, bytes) else code.encode("utf-8", "surrogatepass")
-        reply = self.request({"op": "exec", "cell": self.cells}, body)
+        nothing = {"exit_code": None, "value": None, "exception": None, "variables": [], "final_answer": None}
+        reply = {**nothing, **self.request({"op": "exec", "cell": self.cells}, body)}
         reply["stdout"], reply["stderr"] = self.output()
         return reply
 

@@ -431,7 +431,11 @@ class Session(unittest.TestCase):
         failed = self.guest.request({"op": "preload", "imports": ["json", "no_such_module"]})["failed"]
         self.assertEqual(failed, [["no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"]])
         reply = self.guest.request({"op": "setup", "filename": "setup.py"}, b"ready = 1\nready")
-        self.assertEqual((reply["outcome"], reply["value"]), ("completed", None))
+        self.assertEqual((reply["outcome"], reply.get("value")), ("completed", None))
+        for settle in (False, True):
+            self.assertEqual(self.guest.request({"op": "gather", "settle": settle}), {"op": "done"})
+            self.assertEqual(self.guest.cell("print(ready)")["outcome"], "completed")
+        self.assertEqual(self.guest.request({"op": "survey"}), {"op": "done"})
         reply = self.guest.request({"op": "freeze"})
         self.assertEqual(sorted(reply), ["code", "names", "op"])
         self.assertEqual(self.guest.cell("ready")["value"], "1")
