@@ -23,6 +23,7 @@
 //! program. Version skew is caught by the key and by wasmtime's own header.
 
 mod files;
+mod manifest;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -31,7 +32,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -39,14 +40,14 @@ pub(crate) use self::files::{
     check_files, create_private, hash, is_older_than, read_manifest, write_json, write_private,
 };
 use self::files::{check_private, hex, read_small, sync_tree, tree_bytes};
+pub use self::manifest::ImageManifest;
+pub(crate) use self::manifest::{Entry, FileRecord, GlobalRecord, MEMORY};
 use crate::error::{Error, Result};
 
 /// Version of the layout above and of the manifests. Another one is another entry.
 pub(crate) const FORMAT: u32 = 1;
 /// The name of the manifest in an image's directory.
 const IMAGE_MANIFEST: &str = "image.json";
-/// An image's memory, in its directory.
-pub(crate) const MEMORY: &str = "memory.bin";
 /// Younger drafts are left alone: their process may not hold the lock yet.
 const DRAFT_AGE_MIN: Duration = Duration::from_secs(60);
 /// Manifests are small; a larger file isn't one.
@@ -79,66 +80,6 @@ pub enum Progress {
 
 /// Receives [`Progress`].
 pub type ProgressFn<'a> = &'a (dyn Fn(Progress) + Sync);
-
-/// A file of an entry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct FileRecord {
-    pub(crate) path: String,
-    pub(crate) bytes: u64,
-    pub(crate) sha256: String,
-}
-
-/// A mutable global of the module, as a session starts with it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct GlobalRecord {
-    pub(crate) export: String,
-    #[serde(rename = "type")]
-    pub(crate) type_name: String,
-    pub(crate) bits: u64,
-}
-
-/// Addresses of the agent's turn in the memory: a code object and its globals.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Entry {
-    pub(crate) code: u32,
-    pub(crate) names: u32,
-}
-
-/// What an image is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageManifest {
-    pub(crate) format: u32,
-    /// The image's key: SHA-256 of all that it was made from.
-    pub key: String,
-    /// The name it was built under.
-    pub name: String,
-    /// The key of the compiled module that it runs on; images share it.
-    pub module: String,
-    /// The key of the image that it was built from.
-    pub parent: Option<String>,
-    /// Modules that are already imported.
-    pub imports: Vec<String>,
-    /// Python of the guest, such as `3.15.0`.
-    pub python: String,
-    /// Bytes of its memory.
-    pub memory_bytes: u64,
-    /// Whether it brings files of its own.
-    pub site: bool,
-    pub(crate) globals: Vec<GlobalRecord>,
-    pub(crate) entry: Entry,
-    /// Where in the memory a `.` stands: see `wasm/files.rs`.
-    pub(crate) dot: u32,
-    pub(crate) files: Vec<FileRecord>,
-}
-
-impl ImageManifest {
-    /// SHA-256 of the memory that sessions start from.
-    #[must_use]
-    pub fn memory_sha256(&self) -> &str {
-        let memory = self.files.iter().find(|file| file.path == MEMORY);
-        memory.map_or("", |file| &file.sha256)
-    }
-}
 
 /// The directory of everything that Kaa keeps.
 #[derive(Debug, Clone)]

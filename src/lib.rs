@@ -8,6 +8,10 @@
 //! 3. a [`WasmEnvironment`] is one session; it implements the contract, [`Environment`];
 //! 4. [`execute`](EnvironmentExt::execute) runs a cell and gives an [`Execution`].
 //!
+//! A [`Snapshot`] is a session's state: to go back to, to fork, to keep in a file, or to be the
+//! [template](Runtime::template) of many sessions. A [`Pool`] keeps memory for those of many sessions
+//! that are used, and a [`Tenant`] is whose sessions they are.
+//!
 //! ```no_run
 //! use kaa::{EnvironmentExt, EnvironmentOptions, Limits, Outcome, Runtime, Store};
 //! use std::time::Duration;

@@ -20,6 +20,7 @@ mod memory;
 mod meter;
 mod module;
 mod opening;
+mod parking;
 mod pins;
 mod pool;
 mod random;
@@ -81,6 +82,7 @@ pub struct Runtime {
     shared: Arc<Shared>,
     engine: Engine,
     metering: Metering,
+    dirty_pages: DirtyPages,
     linker: Linker<Guest>,
     loaded: Mutex<Loaded>,
 }
@@ -156,7 +158,7 @@ impl Runtime {
     ///
     /// [`Error::Internal`] when this machine can't run the engine.
     pub fn open(store: Store) -> Result<Self> {
-        Self::with_metering(store, Metering::default())
+        Self::with(store, Metering::default(), dirty_pages_method())
     }
 
     /// As [`open`](Self::open), with another metering than Kaa's. For measurements.
@@ -165,13 +167,28 @@ impl Runtime {
     ///
     /// As [`open`](Self::open).
     pub fn with_metering(store: Store, metering: Metering) -> Result<Self> {
+        Self::with(store, metering, dirty_pages_method())
+    }
+
+    /// As [`open`](Self::open), with another way to find written pages than the best of this machine.
+    /// For measurements and tests.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn with_dirty_pages(store: Store, dirty_pages: DirtyPages) -> Result<Self> {
+        Self::with(store, Metering::default(), dirty_pages)
+    }
+
+    fn with(store: Store, metering: Metering, dirty_pages: DirtyPages) -> Result<Self> {
         let engine = engine::engine(metering)?;
         let mut linker = Linker::new(&engine);
         wasi::add_to_linker(&mut linker)
             .and_then(|()| guest::add_to_linker(&mut linker))
             .map_err(|e| Error::Internal(format!("defining the guest's imports: {e:#}")))?;
         store.remove_old_drafts();
-        Ok(Self { shared: Shared::new(store), engine, metering, linker, loaded: Mutex::default() })
+        let shared = Shared::new(store);
+        Ok(Self { shared, engine, metering, dirty_pages, linker, loaded: Mutex::default() })
     }
 
     /// The store.
@@ -425,8 +442,14 @@ impl Runtime {
                 let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
                 let globals = manifest.globals.clone();
                 let (engine, pre) = (self.engine.clone(), guests.pre.clone());
-                let start =
-                    Start::new(engine, pre, memory, globals, guests.compiled.manifest.fixed_tables);
+                let start = Start::new(
+                    engine,
+                    pre,
+                    memory,
+                    globals,
+                    guests.compiled.manifest.fixed_tables,
+                    self.dirty_pages,
+                );
                 Parent { start: Arc::new(start), manifest: None }
             }
         };
@@ -447,7 +470,14 @@ impl Runtime {
         let memory = boot::open_memory(&self.store().image(&manifest.key), manifest.memory_bytes)?;
         let globals = manifest.globals.clone();
         let (engine, pre) = (self.engine.clone(), guests.pre.clone());
-        let start = Start::new(engine, pre, memory, globals, guests.compiled.manifest.fixed_tables);
+        let start = Start::new(
+            engine,
+            pre,
+            memory,
+            globals,
+            guests.compiled.manifest.fixed_tables,
+            self.dirty_pages,
+        );
         let key = manifest.key.clone();
         let start = Arc::new(start);
         let image = Image(Arc::new(ImageInner { manifest, start, guests, template: None }));

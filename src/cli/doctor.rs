@@ -118,7 +118,15 @@ impl Doctor {
 
     fn pages(&self) -> Result<(), Failure> {
         let (finding, text) = match dirty_pages_method() {
-            DirtyPages::Scan => (Finding::Ok, "the kernel lists written pages (PAGEMAP_SCAN)"),
+            DirtyPages::Protect => (
+                Finding::Ok,
+                "the kernel lists those written since a checkpoint (userfaultfd, PAGEMAP_SCAN)",
+            ),
+            DirtyPages::Scan => (
+                Finding::Note,
+                "the kernel lists those a session has written (PAGEMAP_SCAN), but userfaultfd is not \
+                 allowed here: checkpoints of large sessions compare more",
+            ),
             DirtyPages::Pagemap => (
                 Finding::Note,
                 "read from /proc/self/pagemap: slower than PAGEMAP_SCAN of Linux 6.7 and later",

@@ -1,17 +1,16 @@
 //! `WasmEnvironment`: the contract on a Wasm guest.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::json;
-use tokio::task::JoinHandle;
 
 use super::Image;
 use super::asleep::Asleep;
 use super::files::Scratch;
 use super::opening::{self, Origin, Shared, Ties, resumed};
+use super::parking::Parking;
 use super::saved::{BACKEND, Saved};
 use super::session::{Session, Turn, TurnEnd};
 use crate::agent::{Streams, check_name, check_tool, variables};
@@ -51,22 +50,12 @@ pub struct WasmEnvironment {
 
 enum Phase {
     Ready(Box<Session>),
-    /// A checkpoint is being taken in the background.
-    Saving(Saving),
+    /// A checkpoint is to be taken in the background, or is being taken.
+    Saving(Arc<Parking>),
     /// Hibernated.
     Asleep(Asleep),
     Lost(String),
 }
-
-/// A task that takes a checkpoint and gives the session back.
-struct Saving {
-    task: JoinHandle<Result<Box<Session>>>,
-    /// Nobody needs the checkpoint any more.
-    unwanted: Arc<AtomicBool>,
-}
-
-/// A checkpoint that may copy more than this is taken on a thread for work that blocks.
-const SAVE_BYTES_MAX: usize = 4 << 20;
 
 impl std::fmt::Debug for WasmEnvironment {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -169,12 +158,11 @@ impl WasmEnvironment {
         Ok(session)
     }
 
-    /// Waits for the checkpoint that is being taken, if any.
+    /// Waits for the checkpoint that is being taken, or takes the one that nobody has begun with.
     async fn saved(&mut self) {
-        if let Phase::Saving(Saving { task, .. }) = &mut self.phase {
-            self.phase = match task.await {
-                Ok(Ok(session)) => Phase::Ready(session),
-                Ok(Err(e)) => Phase::Lost(format!("taking a checkpoint failed: {e}")),
+        if let Phase::Saving(parking) = &self.phase {
+            self.phase = match parking.finish().await {
+                Ok(session) => Phase::Ready(session),
                 Err(e) => Phase::Lost(format!("taking a checkpoint failed: {e}")),
             };
         }
@@ -198,24 +186,7 @@ impl WasmEnvironment {
             return;
         };
         session.guest_mut().conversation.keep();
-        let unwanted = Arc::new(AtomicBool::new(false));
-        let no_need = Arc::clone(&unwanted);
-        // On the thread of the cell: its caches know what it wrote, and no other has to wake up.
-        let task = tokio::spawn(async move {
-            if no_need.load(Ordering::Acquire) {
-                return Ok(session);
-            }
-            let written = session.written();
-            if written.bytes() <= SAVE_BYTES_MAX {
-                return session.save(written).map(|()| session);
-            }
-            let blocking = tokio::task::spawn_blocking(move || {
-                session.save(written)?;
-                Ok(session)
-            });
-            blocking.await.map_err(|e| Error::Internal(format!("the checkpoint's thread: {e}")))?
-        });
-        self.phase = Phase::Saving(Saving { task, unwanted });
+        self.phase = Phase::Saving(Parking::new(session));
     }
 
     /// Gives up the session's memory: it becomes a file, and the next use brings it back. What it
@@ -419,18 +390,9 @@ impl Drop for WasmEnvironment {
 
 /// Lets another session have the instance, in the background.
 fn release(phase: Phase) {
-    // Outside a runtime the instance is not worth a wait: it's simply dropped.
-    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
     match phase {
-        Phase::Ready(session) => drop(runtime.spawn(async move { session.recycle() })),
-        Phase::Saving(Saving { task, unwanted }) => {
-            unwanted.store(true, Ordering::Release);
-            runtime.spawn(async move {
-                if let Ok(Ok(session)) = task.await {
-                    session.recycle();
-                }
-            });
-        }
+        Phase::Ready(session) => session.give_back(),
+        Phase::Saving(parking) => parking.abandon(),
         Phase::Asleep(_) | Phase::Lost(_) => {}
     }
 }
@@ -568,6 +530,7 @@ impl Environment for WasmEnvironment {
         let origin = self.image.origin();
         let session = opening::open(&self.shared, &self.image, &self.options, origin, &self.ties)?;
         release(std::mem::replace(&mut self.phase, Phase::Ready(Box::new(session))));
+        self.ties.seat.set_memory(0);
         self.new_tools.clear();
         Ok(())
     }

@@ -20,6 +20,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::dirty::DirtyPages;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
 
@@ -309,19 +310,44 @@ impl Slot {
         self.space.base.as_ptr().cast()
     }
 
-    /// The ranges of bytes, in whole pages and ascending, that may differ from the image.
+    /// The ranges of bytes, in whole pages and ascending, that may differ from what is mapped; with
+    /// `unprotected` those of them that may have changed since they were protected.
     ///
     /// # Errors
     ///
-    /// When the kernel doesn't tell; the caller then takes everything as written.
-    pub(crate) fn written(&self) -> io::Result<Vec<Range<usize>>> {
+    /// When the kernel doesn't tell; the caller then has to compare.
+    pub(crate) fn private_pages(
+        &self,
+        method: DirtyPages,
+        unprotected: bool,
+    ) -> io::Result<Vec<Range<usize>>> {
         let base = self.base() as usize;
         let end = base + self.accessible.load(Ordering::Acquire);
-        let mut ranges = super::dirty::private_pages(base..end)?;
+        let mut ranges = super::dirty::private_pages(method, base..end, unprotected)?;
         for range in &mut ranges {
             *range = range.start - base..range.end - base;
         }
         Ok(ranges)
+    }
+
+    /// Lets pages of `range` be protected.
+    ///
+    /// # Errors
+    ///
+    /// When the system can't.
+    pub(crate) fn watch(&self, range: Range<usize>) -> io::Result<()> {
+        let base = self.base() as usize;
+        super::dirty::watch(base + range.start..base + range.end)
+    }
+
+    /// Protects pages of `range`: from now on they only count as unprotected when they are written.
+    ///
+    /// # Errors
+    ///
+    /// When the range isn't watched.
+    pub(crate) fn protect(&self, range: Range<usize>) -> io::Result<()> {
+        let base = self.base() as usize;
+        super::dirty::protect(base + range.start..base + range.end)
     }
 }
 

@@ -1,19 +1,21 @@
 //! One live guest: its instance, its memory, and the checkpoint that it can go back to.
 
-use std::ops::Range;
+mod states;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::FutureExt;
 use wasmtime::{Engine, Instance, InstancePre, Store, Val};
 use wasmtime_wasi::I32Exit;
 
+pub(crate) use self::states::RUN_BYTES;
 use super::budget::Budget;
+use super::dirty::DirtyPages;
 use super::guest::{Guest, Halt, Handles, LeaveGuard};
 use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
-use super::memory::{MemoryImage, Run, Slot, WASM_PAGE, with_slot};
+use super::memory::{MemoryImage, Run, Slot, with_slot};
 use super::opening::Kept;
-use super::state::{PAGE, RUNS_MAX, State};
-use super::wasi::close_since_checkpoint;
+use super::state::State;
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
 use crate::limits::{Limits, Usage};
@@ -29,7 +31,10 @@ pub(crate) struct Start {
     pub(crate) globals: Vec<GlobalRecord>,
     /// Whether memory and globals are all that an instance changes.
     reusable: bool,
+    pub(crate) dirty_pages: DirtyPages,
     idle: Mutex<Vec<Idle>>,
+    /// Sessions that have ended and are not yet idle slots.
+    ended: Mutex<Vec<Session>>,
 }
 
 /// Slots per image that wait to be used again. Each keeps the pages resident that its sessions
@@ -49,12 +54,31 @@ impl Start {
         memory: Arc<MemoryImage>,
         globals: Vec<GlobalRecord>,
         reusable: bool,
+        dirty_pages: DirtyPages,
     ) -> Self {
-        Self { engine, module, memory, globals, reusable, idle: Mutex::default() }
+        let idle = Mutex::default();
+        let ended = Mutex::default();
+        Self { engine, module, memory, globals, reusable, dirty_pages, idle, ended }
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ended(&self) -> MutexGuard<'_, Vec<Session>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A slot to use again. Preparing one that has just been given back takes a tenth of what a new
+    /// one costs.
+    fn take_idle(&self) -> Option<Idle> {
+        let idle = self.idle().pop();
+        if idle.is_some() {
+            return idle;
+        }
+        let ended = self.ended().pop()?;
+        ended.recycle();
+        self.idle().pop()
     }
 
     /// Recorded globals as values, if they are those of the image.
@@ -121,25 +145,6 @@ pub(crate) enum TurnEnd {
     Trapped(String),
 }
 
-/// Bytes of single pages that a checkpoint may have. Beyond them long rows become runs, from which
-/// the session goes on: copies beside the session's own pages would double its memory, and comparing
-/// them would take longer than its cells.
-const CHECKPOINT_BYTES_MAX: usize = 16 << 20;
-/// What was written in one row and is as long as this becomes a run at once.
-pub(crate) const RUN_BYTES: usize = 8 << 20;
-/// The same, for a session whose checkpoint is full.
-const RUN_BYTES_WHEN_FULL: usize = 256 << 10;
-
-/// Ranges of a memory, in whole pages and ascending, that a checkpoint has to look at.
-pub(crate) struct Written(Vec<Range<usize>>);
-
-impl Written {
-    /// How much that is.
-    pub(crate) fn bytes(&self) -> usize {
-        self.0.iter().map(Range::len).sum()
-    }
-}
-
 /// A live guest.
 pub(crate) struct Session {
     start: Arc<Start>,
@@ -148,6 +153,8 @@ pub(crate) struct Session {
     /// What is mapped over the slot's image.
     laid: Vec<Run>,
     checkpoint: State,
+    /// Whether pages of the slot can be protected.
+    watched: bool,
 }
 
 impl Session {
@@ -164,13 +171,14 @@ impl Session {
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
     ) -> Result<Self> {
         let checkpoint = start.state()?;
-        let idle = start.idle().pop();
+        let idle = start.take_idle();
         let (slot, mut store) = match idle {
             Some(Idle { slot, store }) => (slot, store),
             None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None),
         };
         let guest = make(store.as_mut().and_then(|store| store.data_mut().take_kept()))?;
-        let mut session = Self { start, slot, store: None, laid: Vec::new(), checkpoint };
+        let mut session =
+            Self { start, slot, store: None, laid: Vec::new(), checkpoint, watched: false };
         match store {
             Some(mut store) => {
                 let before = std::mem::replace(store.data_mut(), guest);
@@ -197,6 +205,24 @@ impl Session {
         let mut session = Self::new(start, make)?;
         session.restore(state)?;
         Ok(session)
+    }
+
+    /// Ends the session. Its slot is made ready for another in the background.
+    pub(crate) fn give_back(self) {
+        // Outside a runtime the slot is not worth a wait: it's simply dropped.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let start = Arc::clone(&self.start);
+        let worth = start.reusable && start.ended().len() < IDLE_MAX;
+        if !worth {
+            return;
+        }
+        start.ended().push(self);
+        runtime.spawn(async move {
+            let ended = start.ended().pop();
+            if let Some(session) = ended {
+                session.recycle();
+            }
+        });
     }
 
     /// Ends the session and keeps its slot for another, if its memory can be made the image again:
@@ -330,158 +356,6 @@ impl Session {
         (end, usage)
     }
 
-    /// What the guest has written since the image, and the runs over it, were mapped.
-    pub(crate) fn written(&self) -> Written {
-        Written(self.slot.written().unwrap_or_else(|_| {
-            let store = self.store.as_ref().expect("a session has a store between its methods");
-            let handles = store.data().handles.as_ref().expect("an instance has handles");
-            differing(handles.memory.data(store), &self.checkpoint)
-        }))
-    }
-
-    /// Saves the present state as the one to go back to: only what changed since the last time is
-    /// copied.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Io`] when there is no memory for it; the session is lost then.
-    pub(crate) fn save(&mut self, written: Written) -> Result<()> {
-        let store = self.store.as_mut().expect("a session has a store between its methods");
-        store.data_mut().files.keep();
-        let handles = store.data().handles.clone().expect("an instance has handles");
-        self.checkpoint.globals =
-            handles.globals.iter().map(|global| global.get(&mut *store)).collect();
-        let memory = handles.memory.data_mut(&mut *store);
-        self.checkpoint.bytes = memory.len();
-        let Written(written) = written;
-        let total: usize = written.iter().map(Range::len).sum();
-        let row = if total > CHECKPOINT_BYTES_MAX { RUN_BYTES_WHEN_FULL } else { RUN_BYTES };
-        let (mut rows, mut rest) = (Vec::new(), Vec::new());
-        for range in written {
-            if range.len() >= row { rows.push(range) } else { rest.push(range) }
-        }
-        let kept: usize = rest.iter().map(Range::len).sum();
-        if kept > CHECKPOINT_BYTES_MAX || rows.len() + self.laid.len() > RUNS_MAX / 2 {
-            let image = Arc::new(MemoryImage::of(memory)?);
-            let globals = std::mem::take(&mut self.checkpoint.globals);
-            let state = State::of(image, globals);
-            self.note_private(state.bytes);
-            self.rebuild(&state)?;
-            self.checkpoint = state;
-            return Ok(());
-        }
-        for range in rows {
-            for run in Run::write([(range.start, vec![&memory[range]])])? {
-                self.slot.lay(memory, &run)?;
-                self.checkpoint.lay(run);
-            }
-        }
-        self.laid = self.checkpoint.runs().to_vec();
-        rest.into_iter().for_each(|range| self.checkpoint.copy(memory, range));
-        let own_runs: usize =
-            self.laid.iter().filter(|run| self.is_own(run)).map(|run| run.range().len()).sum();
-        self.note_private(kept + self.checkpoint.page_bytes() + own_runs);
-        Ok(())
-    }
-
-    /// Tells the tenant what only this session has, in memory and for its checkpoint.
-    fn note_private(&self, bytes: usize) {
-        if let Some(seat) = self.guest().memory_limit.seat.upgrade() {
-            seat.set_memory(bytes as u64);
-        }
-    }
-
-    /// Whether nobody else has the run.
-    pub(crate) fn is_own(&self, run: &Run) -> bool {
-        let own = self.laid.iter().chain(self.checkpoint.runs());
-        run.sharers() <= own.filter(|other| other.is_of_file(run)).count()
-    }
-
-    /// Goes back to the last checkpoint. Open files stay open.
-    ///
-    /// # Errors
-    ///
-    /// When the system refuses a mapping; the session is lost then.
-    pub(crate) fn roll_back(&mut self) -> Result<()> {
-        close_since_checkpoint(self.guest_mut());
-        let checkpoint = self.checkpoint.clone();
-        self.go_to(&checkpoint)
-    }
-
-    /// Goes to a state of this session or of another of its image, and takes it for its checkpoint.
-    ///
-    /// # Errors
-    ///
-    /// As [`roll_back`](Self::roll_back).
-    pub(crate) fn restore(&mut self, state: &State) -> Result<()> {
-        self.go_to(state)?;
-        self.checkpoint = state.clone();
-        Ok(())
-    }
-
-    /// Makes memory and globals those of `state`, in place where that is possible.
-    fn go_to(&mut self, state: &State) -> Result<()> {
-        let same = Arc::ptr_eq(self.slot.image(), &state.image) && self.start.reusable;
-        if !same || self.memory_bytes() > state.bytes {
-            return self.rebuild(state);
-        }
-        self.bring(state)?;
-        self.guest_mut().running = false;
-        Ok(())
-    }
-
-    /// Makes memory and globals those of `state`, whose image is mapped. A memory that is larger
-    /// keeps its size, and what is beyond.
-    fn bring(&mut self, state: &State) -> Result<()> {
-        let store = self.store.as_mut().expect("a session has a store between its methods");
-        let handles = store.data().handles.clone().expect("an instance has handles");
-        let bytes = handles.memory.data_size(&*store);
-        if bytes < state.bytes {
-            let pages = (state.bytes - bytes).div_ceil(WASM_PAGE);
-            // What the tenant is charged with is what isn't shared: see `save`.
-            let seat = std::mem::take(&mut store.data_mut().memory_limit.seat);
-            let grown = handles.memory.grow(&mut *store, pages as u64);
-            store.data_mut().memory_limit.seat = seat;
-            grown.map_err(|e| Error::invalid("limits.memory_bytes", format!("{e:#}")))?;
-        }
-        let memory = handles.memory.data_mut(&mut *store);
-        let changed = |run: &Run, others: &[Run]| !others.iter().any(|other| other.is(run));
-        for run in self.laid.iter().filter(|run| changed(run, state.runs())) {
-            self.slot.uncover(memory, run.range())?;
-        }
-        for run in state.runs().iter().filter(|run| changed(run, &self.laid)) {
-            self.slot.lay(memory, run)?;
-        }
-        self.laid = state.runs().to_vec();
-        let written = match self.slot.written() {
-            Ok(written) => written,
-            Err(_) => differing(memory, state),
-        };
-        for number in written.into_iter().flat_map(|range| range.start / PAGE..range.end / PAGE) {
-            if number * PAGE < state.bytes && state.single(number).is_none() {
-                memory[number * PAGE..][..PAGE].copy_from_slice(state.below(number));
-            }
-        }
-        for (number, page) in state.pages() {
-            memory[number * PAGE..][..PAGE].copy_from_slice(page);
-        }
-        set_globals(store, &handles, &state.globals)
-    }
-
-    /// A new instance in `state`.
-    fn rebuild(&mut self, state: &State) -> Result<()> {
-        let store = self.store.take();
-        let mut guest = store.expect("a session has a store between its methods").into_data();
-        guest.handles = None;
-        guest.memory_limit.memory_bytes = 0;
-        let slot = Arc::get_mut(&mut self.slot)
-            .ok_or_else(|| Error::Internal("an instance outlived its store".into()))?;
-        slot.rewind(&state.image, state.bytes)?;
-        self.laid.clear();
-        self.instantiate(guest)?;
-        self.bring(state)
-    }
-
     /// Memory and mutable globals, to be written into an image.
     pub(crate) fn state(&mut self) -> (&[u8], Vec<u64>) {
         let store = self.store.as_mut().expect("a session has a store between its methods");
@@ -528,22 +402,6 @@ impl Session {
         target.ok_or_else(|| wasmtime::Error::msg("no memory"))?.copy_from_slice(bytes);
         Ok(address)
     }
-}
-
-/// The pages of `memory` that aren't what image and runs of `state` show, in ranges: the way to find
-/// what was written where the system doesn't tell.
-fn differing(memory: &[u8], state: &State) -> Vec<Range<usize>> {
-    let mut found: Vec<Range<usize>> = Vec::new();
-    for (number, page) in memory.chunks_exact(PAGE).enumerate() {
-        if page != state.below(number) {
-            let at = number * PAGE;
-            match found.last_mut() {
-                Some(last) if last.end == at => last.end += PAGE,
-                _ => found.push(at..at + PAGE),
-            }
-        }
-    }
-    found
 }
 
 fn set_globals(store: &mut Store<Guest>, handles: &Handles, values: &[Val]) -> Result<()> {

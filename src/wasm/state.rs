@@ -81,13 +81,19 @@ impl State {
         self.image.contents().get(start..start + PAGE).unwrap_or(&ZEROS)
     }
 
-    /// Takes over the pages of `range`, which must be whole pages of `memory`.
-    pub(crate) fn copy(&mut self, memory: &[u8], range: Range<usize>) {
+    /// Takes over the pages of `range`, which must be whole pages of `memory`, and tells each that it
+    /// has as it is.
+    pub(crate) fn copy(
+        &mut self,
+        memory: &[u8],
+        range: Range<usize>,
+        mut unchanged: impl FnMut(usize),
+    ) {
         for number in range.start / PAGE..range.end / PAGE {
             let now: &Page =
                 memory[number * PAGE..][..PAGE].try_into().expect("a range of whole pages");
             match self.pages.get_mut(&number) {
-                Some(saved) if **saved == *now => {}
+                Some(saved) if **saved == *now => unchanged(number),
                 Some(saved) => match Arc::get_mut(saved) {
                     Some(saved) => *saved = *now,
                     // A snapshot has it too.
@@ -215,10 +221,10 @@ mod tests {
         let mut state = state();
         let mut memory = filled(64, 1);
         memory[5 * PAGE] = 7;
-        state.copy(&memory, 5 * PAGE..6 * PAGE);
+        state.copy(&memory, 5 * PAGE..6 * PAGE, |_| {});
         let before = state.clone();
         memory[5 * PAGE] = 8;
-        state.copy(&memory, 5 * PAGE..6 * PAGE);
+        state.copy(&memory, 5 * PAGE..6 * PAGE, |_| {});
         assert_eq!((before.page(5)[0], state.page(5)[0]), (7, 8));
     }
 
