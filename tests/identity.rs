@@ -170,7 +170,7 @@ fn options() -> EnvironmentOptions {
 fn limits() -> Limits {
     Limits {
         fuel: FUEL,
-        grace: Duration::from_millis(5),
+        grace: Duration::from_millis(100),
         memory_bytes: 512 << 20,
         ..Limits::default()
     }
@@ -314,7 +314,7 @@ fn a_session_goes_on_as_if_nothing_had_happened() {
 
 /// The cells of a run of the program, without the times, which are the machine's.
 fn kaa(directory: &Path, flags: &[&str], program: &[String]) -> Vec<Json> {
-    let limits = [format!("--fuel={FUEL}"), "--grace=5ms".into(), "--memory=512M".into()];
+    let limits = [format!("--fuel={FUEL}"), "--grace=100ms".into(), "--memory=512M".into()];
     let output = Command::new(env!("CARGO_BIN_EXE_kaa"))
         .current_dir(directory)
         .env("KAA_CACHE", store_root())
