@@ -89,10 +89,13 @@ fn show(console: Console, header: &SnapshotHeader) -> Result<(), Failure> {
         };
         lines.push(("profile", text(&told.profile)));
         lines.push(("tools", names(&mut told.tools.iter())));
-        lines.push(("variables", names(&mut told.env.keys())));
+        lines.push(("env", names(&mut told.env.keys())));
     }
     if let Some(seed) = session.seed {
         lines.push(("seed", seed.to_string()));
+    }
+    if let Some(clock) = session.clock {
+        lines.push(("clock", format!("{} s since 1970", time(clock) / 1_000_000_000)));
     }
     lines.iter().try_for_each(|(name, value)| console.line(&format!("{name:<10} {value}")))
 }
