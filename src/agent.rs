@@ -248,7 +248,8 @@ impl Conversation {
 
     /// The request for a cell of this code.
     pub(crate) fn cell(&mut self, code: &str) -> Message {
-        self.cells += 1;
+        // A snapshot may say that there were as many as can be counted.
+        self.cells = self.cells.saturating_add(1);
         let mut message = Message::new(json!({ "op": "exec", "cell": self.cells }));
         message.body = code.as_bytes().to_vec();
         message

@@ -89,8 +89,11 @@ impl Branches {
     pub(super) async fn rewind(&mut self, base: &Base, cells: usize) -> Result<(), Failure> {
         let branch = &mut self.branches[self.current];
         let Some(at) = branch.undo.len().checked_sub(cells).filter(|_| cells > 0) else {
-            let have = branch.undo.len();
-            return Err(Failure::Usage(format!("there are {have} cells to undo, not {cells}")));
+            return Err(Failure::Usage(match branch.undo.len() {
+                0 => "there is no cell to undo".into(),
+                1 => format!("there is 1 cell to undo, not {cells}"),
+                have => format!("there are {have} cells to undo, not {cells}"),
+            }));
         };
         let snapshot = match &branch.undo[at] {
             Undo::Held(snapshot) => snapshot.clone(),
@@ -119,7 +122,10 @@ impl Branches {
     pub(super) fn go_to(&mut self, number: usize) -> Result<(), Failure> {
         let index = number.checked_sub(1).filter(|index| *index < self.branches.len());
         self.current = index.ok_or_else(|| {
-            Failure::Usage(format!("there are sessions 1 to {}, not {number}", self.branches.len()))
+            Failure::Usage(match self.branches.len() {
+                1 => format!("there is no session {number}, only 1; :fork makes another"),
+                count => format!("there is no session {number}, only 1 to {count}"),
+            })
         })?;
         Ok(())
     }

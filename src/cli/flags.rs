@@ -198,6 +198,10 @@ impl SessionFlags {
             let reason = format!("there is no directory {}", parent.display());
             return Err(Failure::usage("--snapshot-out", reason));
         }
+        if let Some(path) = self.snapshot_out.as_ref().filter(|path| path.is_dir()) {
+            let reason = format!("{} is a directory; name a file", path.display());
+            return Err(Failure::usage("--snapshot-out", reason));
+        }
         Ok(Plan {
             image: self.image,
             wheel: self.wheel,

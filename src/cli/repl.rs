@@ -226,6 +226,7 @@ impl Repl {
     fn obey(&mut self, command: &str, argument: &str) -> Result<(), Failure> {
         let number = |default: Option<usize>| match (argument, default) {
             ("", Some(number)) => Ok(number),
+            ("", None) => Err(Failure::Usage(format!("write a number after `{command}`"))),
             _ => argument.parse::<usize>().map_err(|_| {
                 Failure::Usage(format!("write a number after `{command}`, not `{argument}`"))
             }),
@@ -260,10 +261,11 @@ impl Repl {
                 let saving = session::save(self.branches.environment(), path, self.console);
                 self.reactor.block_on(saving)?;
             }
+            ":save" => return Err(Failure::Usage("write a file after `:save`".into())),
             ":reset" => self.reset()?,
             ":help" => self.console.out(HELP.as_bytes())?,
             other => {
-                let reason = format!("there is no command `{other} {argument}`; see :help");
+                let reason = format!("there is no command `{other}`; see :help");
                 return Err(Failure::Usage(reason));
             }
         }

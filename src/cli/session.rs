@@ -40,7 +40,7 @@ impl Base {
         options: EnvironmentOptions,
     ) -> Result<Box<dyn Environment>, Failure> {
         Ok(Box::new(match &self.snapshot {
-            Some(snapshot) => self.runtime.resume(snapshot, options)?,
+            Some(snapshot) => self.runtime.resume(snapshot, options).map_err(refused)?,
             None => self.runtime.environment(&self.image, options)?,
         }))
     }
@@ -74,11 +74,6 @@ pub(super) fn store() -> Result<Store, Failure> {
 pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
     let runtime = Runtime::open(store()?)?;
     let display = Display::new(console);
-    let refused = |error| match error {
-        kaa::Error::Io { source, .. } => Failure::usage("--snapshot-in", source),
-        kaa::Error::Incompatible { .. } => Failure::usage("--snapshot-in", error),
-        other => other.into(),
-    };
     let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
     let image = header.as_ref().map_or(&plan.image, |header| &header.image.name);
     let flag = if header.is_some() { "--snapshot-in" } else { "--image" };
@@ -92,6 +87,17 @@ pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
     let load = |path| runtime.load_snapshot(path).map_err(refused);
     let snapshot = plan.snapshot_in.as_ref().map(load).transpose()?;
     Ok(Base { runtime, image, snapshot })
+}
+
+/// What is wrong with the file of `--snapshot-in`.
+fn refused(error: kaa::Error) -> Failure {
+    match error {
+        // The context of the first names the file.
+        kaa::Error::Io { .. } | kaa::Error::Incompatible { .. } => {
+            Failure::usage("--snapshot-in", error)
+        }
+        other => other.into(),
+    }
 }
 
 /// Writes a session to a file, and says so.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use kaa::{SnapshotHeader, inspect_snapshot};
+use kaa::{ClockRecord, SnapshotHeader, inspect_snapshot};
 use serde_json::json;
 
 use super::console::Console;
@@ -59,8 +59,14 @@ fn record(header: &SnapshotHeader) -> serde_json::Value {
         "memory_bytes": header.memory_bytes, "pages": header.pages,
         "files": header.files, "file_bytes": header.file_bytes,
         "cells": session.cells, "seed": session.seed,
-        "clock": session.clock.map(|clock| clock.start_ns + clock.elapsed_ns), "told": told,
+        "clock": session.clock.map(time), "told": told,
     })
+}
+
+/// What the session's clock shows, in nanoseconds since 1970.
+fn time(clock: ClockRecord) -> u64 {
+    // The numbers are the file's, whatever it says they are.
+    clock.start_ns.saturating_add(clock.elapsed_ns)
 }
 
 fn show(console: Console, header: &SnapshotHeader) -> Result<(), Failure> {
@@ -83,10 +89,13 @@ fn show(console: Console, header: &SnapshotHeader) -> Result<(), Failure> {
         };
         lines.push(("profile", text(&told.profile)));
         lines.push(("tools", names(&mut told.tools.iter())));
-        lines.push(("variables", names(&mut told.env.keys())));
+        lines.push(("env", names(&mut told.env.keys())));
     }
     if let Some(seed) = session.seed {
         lines.push(("seed", seed.to_string()));
+    }
+    if let Some(clock) = session.clock {
+        lines.push(("clock", format!("{} s since 1970", time(clock) / 1_000_000_000)));
     }
     lines.iter().try_for_each(|(name, value)| console.line(&format!("{name:<10} {value}")))
 }

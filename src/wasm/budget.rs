@@ -87,12 +87,15 @@ impl Budget {
     /// How far below zero the fuel global may go before a loop that nothing else can stop is ended by
     /// the guest's own check (`kaa:floor`, see `meter.rs`): what the cell has left, and the grace.
     pub(crate) fn floor(&self) -> i64 {
-        let left = match self.stop {
-            Some(_) => 0,
-            None => self.limits.fuel.saturating_sub(self.fuel),
+        let end = match self.stop {
+            Some(Stop { limit: Limit::Fuel, fuel, .. }) => fuel,
+            Some(_) => self.fuel.saturating_add(u64::try_from(self.granted).unwrap_or(0)),
+            None => self.limits.fuel.max(self.fuel),
         };
-        let left = left.saturating_sub(u64::try_from(self.granted).unwrap_or(0));
-        let overdraft = left.saturating_add(self.grace_fuel());
+        let overdraft = end
+            .saturating_add(self.grace_fuel())
+            .saturating_sub(self.fuel)
+            .saturating_sub(u64::try_from(self.granted).unwrap_or(0));
         i64::try_from(overdraft).map_or(FLOOR_DEFAULT, |overdraft| FLOOR_DEFAULT.max(-overdraft))
     }
 
@@ -244,12 +247,16 @@ impl Budget {
         slices.saturating_mul(SLICE_FUEL as u64)
     }
 
-    /// A slice, or what is left of the limit: the limit is met to the unit, at the next check.
+    /// A slice, or what is left of the limit or of the grace after it: both are met to the unit, at
+    /// the next check, whatever the slices were.
     fn next_grant(&self) -> i64 {
-        if self.stop.is_some() {
-            return self.slice_fuel;
-        }
-        let left = self.limits.fuel.saturating_sub(self.fuel).saturating_sub(1);
+        let left = match self.stop {
+            None => self.limits.fuel.saturating_sub(self.fuel).saturating_sub(1),
+            Some(Stop { limit: Limit::Fuel, fuel, .. }) => {
+                fuel.saturating_add(self.grace_fuel()).saturating_sub(self.fuel)
+            }
+            Some(_) => return self.slice_fuel,
+        };
         self.slice_fuel.min(i64::try_from(left).unwrap_or(i64::MAX))
     }
 }
@@ -271,7 +278,25 @@ mod tests {
         assert_eq!(budget.slice(-1, false), Verdict::Continue);
         assert_eq!(budget.slice(-1, false), Verdict::HardStop);
         let usage = budget.finish(SLICE_FUEL, 0);
-        assert_eq!(usage.fuel, Some(4 * SLICE_FUEL as u64 + 2));
+        assert_eq!(usage.fuel, Some(4 * SLICE_FUEL as u64 + 1));
+    }
+
+    #[test]
+    fn the_fuel_of_a_hard_stop_does_not_depend_on_the_slices() {
+        for (short, cut) in [(false, 0), (true, 0), (false, 1_000_000), (true, 123)] {
+            let mut budget = budget(2 * SLICE_FUEL as u64);
+            loop {
+                budget.use_short_slices(short);
+                if cut > 0 && budget.grant() > cut {
+                    budget.cut_slice(budget.grant() - cut);
+                }
+                if budget.slice(-1, false) == Verdict::HardStop {
+                    break;
+                }
+            }
+            let usage = budget.finish(budget.grant(), 0);
+            assert_eq!(usage.fuel, Some(4 * SLICE_FUEL as u64 + 1), "{short} {cut}");
+        }
     }
 
     #[test]

@@ -512,40 +512,4 @@ fn bits_of(value: Val) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use crate::environment::{EnvironmentExt, EnvironmentOptions};
-    use crate::image::Store;
-    use crate::wasm::Runtime;
-
-    #[tokio::test]
-    async fn nothing_of_a_tenant_is_left_in_a_recycled_instance() {
-        let root = std::env::var_os("KAA_CACHE").map_or_else(
-            || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
-            Into::into,
-        );
-        let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
-        let image = runtime.image("base", &|_| {}).unwrap();
-        let mut tenant = runtime.environment(&image, EnvironmentOptions::default()).unwrap();
-        let secrets = "import json\njson.secret = 'hunter2'\nx = ['hunter2' * n for n in range(50)]\n\
-                       def f(n): return f(n - 1) if n else x\nf(100)\nopen('/tmp/f', 'w').write('s')";
-        assert!(tenant.execute(secrets).await.unwrap().exception.is_none());
-        drop(tenant);
-        let start = &image.0.start;
-        for _ in 0..1000 {
-            if !start.idle().is_empty() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        let idle = start.idle().pop().expect("the slot is used again");
-        let mut store = idle.store.expect("and so is the instance");
-        let handles = store.data().handles.clone().unwrap();
-        let memory = handles.memory.data(&store);
-        assert!(memory == start.memory.contents(), "the memory is not as in the image");
-        for (record, global) in start.globals.iter().zip(handles.globals.iter()) {
-            assert_eq!(super::bits_of(global.get(&mut store)), record.bits);
-        }
-    }
-}
+mod tests;

@@ -1,0 +1,201 @@
+//! Recycled slots: of a tenant nothing is left for the next one, wherever it was.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Session, Start};
+use crate::environment::{Environment, EnvironmentExt, EnvironmentOptions, Outcome};
+use crate::image::Store;
+use crate::wasm::opening::{self, Origin, Ties};
+use crate::wasm::{Image, Runtime, WasmEnvironment};
+
+/// In memory it's only there when a tenant has put it there.
+const SECRET: &[u8] = b"hunter2hunter2";
+
+/// Where a tenant leaves its secret: on the heap, in a module and a builtin, on the stack of a deep
+/// recursion, in freed memory, and in a file.
+const SMALL: &str = "import json, builtins\n\
+    s = 'hunter2' * 4\n\
+    json.secret = builtins.secret = s.encode()\n\
+    x = [s * n for n in range(50)]\n\
+    freed = [s * n for n in range(500)]; del freed\n\
+    def f(n, t): return f(n - 1, t + 'hunter2') if n else t\n\
+    f(150, s)\n\
+    open('/tmp/f', 'w').write(s)";
+
+/// In memory that has grown, live and freed, and in rows that become runs over the image.
+const LARGE: &str = "big = bytearray(b'hunter2' * 2_000_000)\n\
+    gone = [bytearray(b'hunter2' * 200_000) for _ in range(20)]; del gone\n\
+    many = [b'hunter2' * 300 for _ in range(3000)]";
+
+/// What happens to a tenant before it goes.
+#[derive(Debug, Clone, Copy)]
+enum Fate {
+    Dropped,
+    Reset,
+    Restored,
+    RestoredToEarlier,
+    HardStopped,
+    Trapped,
+    Abandoned,
+    Hibernated,
+    HibernatedAndWoken,
+    Forked,
+    FileOpen,
+}
+
+const FATES: &[Fate] = &[
+    Fate::Dropped,
+    Fate::Reset,
+    Fate::Restored,
+    Fate::RestoredToEarlier,
+    Fate::HardStopped,
+    Fate::Trapped,
+    Fate::Abandoned,
+    Fate::Hibernated,
+    Fate::HibernatedAndWoken,
+    Fate::Forked,
+    Fate::FileOpen,
+];
+
+async fn cell(tenant: &mut WasmEnvironment, code: &str) {
+    let execution = tenant.execute(code).await.unwrap();
+    assert_eq!(execution.outcome, Outcome::Completed, "{code}: {:?}", execution.exception);
+}
+
+async fn live_and_go(mut tenant: WasmEnvironment, secrets: &[&str], fate: Fate) {
+    cell(&mut tenant, "before = 'hunter2' * 10").await;
+    let earlier = tenant.snapshot().await.unwrap();
+    for secret in secrets {
+        cell(&mut tenant, secret).await;
+    }
+    match fate {
+        Fate::Dropped => {}
+        Fate::Reset => tenant.reset().await.unwrap(),
+        Fate::Restored => {
+            let snapshot = tenant.snapshot().await.unwrap();
+            cell(&mut tenant, "x = None; more = 'hunter2' * 100_000").await;
+            tenant.restore(&snapshot).await.unwrap();
+        }
+        Fate::RestoredToEarlier => tenant.restore(&earlier).await.unwrap(),
+        Fate::HardStopped => {
+            let code = "more = 'hunter2' * 100_000; import os; os._exit(3)";
+            assert!(tenant.execute(code).await.unwrap().rolled_back);
+        }
+        Fate::Trapped => {
+            let code = "more = 'hunter2' * 100_000; import os; os.abort()";
+            assert!(tenant.execute(code).await.unwrap().rolled_back);
+        }
+        Fate::Abandoned => {
+            let code = "more = 'hunter2' * 100_000\nwhile True: pass";
+            let cell = tenant.execute(code);
+            assert!(tokio::time::timeout(Duration::from_millis(20), cell).await.is_err());
+        }
+        Fate::Hibernated => drop(tenant.hibernate().await.unwrap()),
+        Fate::HibernatedAndWoken => {
+            tenant.hibernate().await.unwrap();
+            cell(&mut tenant, "more = 'hunter2' * 100_000").await;
+        }
+        Fate::Forked => {
+            let mut fork = tenant.fork_session().await.unwrap();
+            cell(&mut fork, "more = 'hunter2' * 100_000").await;
+        }
+        Fate::FileOpen => cell(&mut tenant, "o = open('/tmp/o', 'w'); o.write('hunter2')").await,
+    }
+}
+
+/// Waits until everything that was dropped is ready to be used again.
+async fn settle(start: &Start) {
+    let mut before = usize::MAX;
+    for _ in 0..1000 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let now = start.idle().len();
+        if now > 0 && now == before {
+            return;
+        }
+        before = now;
+    }
+    panic!("no slot is used again");
+}
+
+fn find(memory: &[u8]) -> Option<usize> {
+    memory.windows(SECRET.len()).position(|window| window == SECRET)
+}
+
+/// The next tenant, as the host sees it before its first cell.
+fn check_new(session: &mut Session, image: &Image, what: &str) {
+    let start = &image.0.start;
+    let guest = session.guest();
+    assert!(guest.files.open_fds().is_empty() && guest.files.is_unused(), "{what}");
+    let scratch = guest.scratch.as_ref().unwrap().path();
+    assert_eq!(std::fs::read_dir(scratch).unwrap().count(), 0, "{what}: files are left");
+    let (memory, globals) = session.state();
+    if memory != start.memory.contents() {
+        panic!("{what}: the memory is not as in the image, the secret is at {:?}", find(memory));
+    }
+    let recorded: Vec<u64> = start.globals.iter().map(|record| record.bits).collect();
+    assert_eq!(globals, recorded, "{what}");
+    // What the memory grows by next is what the tenant before had grown by.
+    let store = session.store_mut();
+    let handles = store.data().handles.clone().unwrap();
+    let before = handles.memory.data_size(&*store);
+    handles.memory.grow(&mut *store, 400).unwrap();
+    let grown = &handles.memory.data(&*store)[before..];
+    assert!(grown.chunks(4096).all(|page| page == [0; 4096]), "{what}: grown, {:?}", find(grown));
+}
+
+/// The next tenant, as its own code sees it.
+async fn check_own(tenant: &mut WasmEnvironment, what: &str) -> String {
+    let look = "import os, json, builtins\n\
+        fds = [os.open(f'/tmp/{n}', os.O_CREAT | os.O_RDWR) for n in range(3)]\n\
+        left = [fd for fd in range(3, 200) if fd not in fds and not isinstance(os_error(fd), str)]\n\
+        print(sorted(os.listdir('/tmp')), fds, left, hasattr(json, 'secret'), hasattr(builtins, 'secret'))\n\
+        print(any(n - bytearray(n).count(0) for n in (100, 10_000, 1_000_000, 20_000_000)), len(globals()))";
+    let define = "def os_error(fd):\n    import os\n    try: return os.fstat(fd).st_mode\n    except OSError as e: return str(e)";
+    cell(tenant, define).await;
+    let execution = tenant.execute(look).await.unwrap();
+    assert_eq!(execution.outcome, Outcome::Completed, "{what}: {:?}", execution.exception);
+    let text = execution.stdout.text().into_owned();
+    assert!(text.contains("False False\nFalse "), "{what}: {text}");
+    text
+}
+
+#[tokio::test]
+async fn nothing_of_a_tenant_is_left_for_the_next_one() {
+    let root = std::env::var_os("KAA_CACHE").map_or_else(
+        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
+        Into::into,
+    );
+    let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
+    let image = runtime.image("base", &|_| {}).unwrap();
+    let open = || runtime.environment(&image, EnvironmentOptions::default()).unwrap();
+    let options = EnvironmentOptions::default();
+    let start = &image.0.start;
+    assert!(find(start.memory.contents()).is_none());
+    let unspoilt = check_own(&mut open(), "the first one").await;
+    for secrets in [&[SMALL][..], &[LARGE], &[SMALL, LARGE]] {
+        for fate in FATES {
+            let what = format!("{fate:?}, {} bytes of code", secrets.concat().len());
+            settle(start).await;
+            start.idle().clear();
+            live_and_go(open(), secrets, *fate).await;
+            settle(start).await;
+            let slots = start.idle().len();
+            for slot in (0..slots).rev() {
+                let tenant = runtime.shared.tenants.default_tenant();
+                let seat = Arc::new(tenant.open_session().unwrap());
+                let ties = Ties { seat, signal: Arc::default() };
+                let next = opening::open(&runtime.shared, &image, &options, Origin::Image, &ties);
+                assert_eq!(start.idle().len(), slot, "{what}: the slot is used again");
+                check_new(&mut next.unwrap(), &image, &what);
+            }
+            // The same again, for one that looks for itself.
+            live_and_go(open(), secrets, *fate).await;
+            settle(start).await;
+            let slots = start.idle().len();
+            let mut next = open();
+            assert_eq!(start.idle().len(), slots - 1, "{what}: the slot is used again");
+            assert_eq!(check_own(&mut next, &what).await, unspoilt, "{what}");
+        }
+    }
+}

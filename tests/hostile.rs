@@ -1,0 +1,458 @@
+//! Snapshots by someone who means harm: files that are read without complaint, and hold whatever he
+//! likes. Their sessions may do anything but hurt others.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use common::{open, print, run, runtime};
+use kaa::{
+    Clock, Environment, EnvironmentExt, EnvironmentOptions, Limits, Policy, Snapshot, Value,
+    WasmEnvironment,
+};
+use lz4_flex::block::decompress;
+use serde_json::{Value as Json, json};
+use sha2::{Digest, Sha256};
+
+const PAGE: usize = 4096;
+/// Files of random harm.
+const MUTATIONS: u64 = 300;
+/// Nothing of this size may appear in the host for a file of a megabyte.
+const HOST_BYTES_MAX: u64 = 1 << 30;
+/// Far above what the limits of a hostile session allow it.
+const TOO_LONG: Duration = Duration::from_secs(60);
+
+/// A snapshot file, taken apart.
+#[derive(Clone)]
+struct Parts {
+    header: Json,
+    pages: BTreeMap<u32, Vec<u8>>,
+    /// Kind, path, and what follows it: the contents of a file, the target of a link.
+    files: Vec<(u8, String, Vec<u8>)>,
+}
+
+impl Parts {
+    /// Of a file that has pages and no files.
+    fn read(path: &Path) -> Self {
+        let bytes = std::fs::read(path).unwrap();
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let length = word(12) as usize;
+        let header = serde_json::from_slice(&bytes[16..16 + length]).unwrap();
+        let (mut at, mut pages) = (48 + length, BTreeMap::new());
+        while bytes[at] == 1 {
+            let (first, decoded, stored) = (word(at + 4), word(at + 8) as usize, word(at + 12));
+            let stored = &bytes[at + 16..at + 16 + stored as usize];
+            let content = match bytes[at + 1] {
+                0 => vec![0; decoded],
+                1 => stored.to_vec(),
+                _ => decompress(stored, decoded).unwrap(),
+            };
+            pages.extend((first..).zip(content.chunks(PAGE).map(<[u8]>::to_vec)));
+            at += 16 + stored.len();
+        }
+        assert_eq!(bytes[at], 0, "the snapshot has no files");
+        Self { header, pages, files: Vec::new() }
+    }
+
+    /// With the counts and checksums that make it a good one.
+    fn write(&self, path: &Path) {
+        let mut header = self.header.clone();
+        header["pages"] = self.pages.len().into();
+        header["files"] = self.files.len().into();
+        let of_file = |file: &&(u8, String, Vec<u8>)| file.0 == 3;
+        let file_bytes: usize = self.files.iter().filter(of_file).map(|file| file.2.len()).sum();
+        header["file_bytes"] = file_bytes.into();
+        let json = serde_json::to_vec(&header).unwrap();
+        let mut bytes = b"KAASNAP\0\x01\0\0\0".to_vec();
+        bytes.extend((json.len() as u32).to_le_bytes());
+        bytes.extend(json);
+        let seal = |bytes: &mut Vec<u8>| bytes.extend(Sha256::digest(&bytes[..]));
+        seal(&mut bytes);
+        let chunk = |bytes: &mut Vec<u8>, kind: u8, at: u32, content: &[u8]| {
+            bytes.extend([kind, 1, 0, 0]);
+            bytes.extend(at.to_le_bytes());
+            bytes.extend((content.len() as u32).to_le_bytes());
+            bytes.extend((content.len() as u32).to_le_bytes());
+            bytes.extend(content);
+        };
+        for (number, page) in &self.pages {
+            chunk(&mut bytes, 1, *number, page);
+        }
+        for (kind, path, rest) in &self.files {
+            let mut content = path.clone().into_bytes();
+            match kind {
+                3 => content.extend((rest.len() as u64).to_le_bytes()),
+                _ => content.extend(rest),
+            }
+            chunk(&mut bytes, *kind, path.len() as u32, &content);
+            if *kind == 3 && !rest.is_empty() {
+                chunk(&mut bytes, 5, 0, rest);
+            }
+        }
+        bytes.extend([0; 16]);
+        seal(&mut bytes);
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    fn global(&mut self, number: usize, bits: u64) {
+        let globals = self.header["globals"].as_array_mut().unwrap();
+        let number = number % globals.len();
+        globals[number]["bits"] = bits.into();
+    }
+
+    fn globals(&self) -> usize {
+        self.header["globals"].as_array().unwrap().len()
+    }
+
+    fn memory_pages(&self) -> u32 {
+        (self.header["memory_bytes"].as_u64().unwrap() / PAGE as u64) as u32
+    }
+}
+
+/// SplitMix64: the same harm on every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    fn page(&mut self) -> Vec<u8> {
+        (0..PAGE / 8).flat_map(|_| self.next().to_le_bytes()).collect()
+    }
+}
+
+fn options() -> EnvironmentOptions {
+    EnvironmentOptions {
+        limits: Limits {
+            fuel: 30_000_000,
+            compute: Duration::from_secs(2),
+            wall: Duration::from_secs(5),
+            grace: Duration::from_millis(20),
+            memory_bytes: 128 << 20,
+            disk_bytes: 1 << 20,
+            ..Limits::default()
+        },
+        ..EnvironmentOptions::default()
+    }
+}
+
+/// Panics on any thread, which a session would otherwise only report as an error.
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+fn count_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            PANICS.fetch_add(1, Ordering::AcqRel);
+            before(info);
+        }));
+    });
+}
+
+/// The most memory that this process ever had, where the system tells.
+fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let number = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    number.unwrap_or(0) * 1024
+}
+
+/// A session with some of everything, as a file.
+async fn victim(directory: &Path) -> Parts {
+    let policy = Policy { seed: Some(3), clock: Clock::Fixed(1), ..Policy::default() };
+    let mut session = open(EnvironmentOptions { policy, ..options() });
+    run(&mut session, "import random\nx = 1\nl = [n * n for n in range(20_000)]\ng = iter(l)")
+        .await;
+    let file = directory.join("good");
+    session.snapshot().await.unwrap().save(&file).unwrap();
+    Parts::read(&file)
+}
+
+/// Everything that one does with a session. What comes of it doesn't matter.
+async fn use_up(session: &mut WasmEnvironment) {
+    let _ = session.execute("x = sum(l); print(x, random.random())").await;
+    let _ = session
+        .execute("import time, os; y = bytearray(9_000_000); print(time.time(), os.urandom(3))")
+        .await;
+    let _ = session.set_variable("z", Value::from("text")).await;
+    let _ = session.get_variable("l").await;
+    let _ = session.list_variables().await;
+    if let Ok(mut fork) = session.fork_session().await {
+        let _ = fork.execute("open('/tmp/f', 'w').write('x' * 5000)").await;
+        let _ = fork.hibernate().await;
+        let _ = fork.execute("print(next(g), os.listdir('/tmp'))").await;
+    }
+    let _ = session.reset().await;
+}
+
+/// Loads a file, goes on from it in every way, and says whether that was possible at all.
+async fn suffer(what: &str, file: &Path, options: EnvironmentOptions) -> Result<(), String> {
+    let all = async {
+        let snapshot: Snapshot = runtime().load_snapshot(file).map_err(|e| e.to_string())?;
+        let resumed = runtime().resume(&snapshot, options.clone());
+        let mut live = open(options);
+        live.execute("mine = 1; open('/tmp/mine', 'w').write('1')").await.unwrap();
+        let restored = live.restore(&snapshot).await;
+        use_up(&mut live).await;
+        if !matches!(live.execute("1 + 1").await, Ok(cell) if cell.value.as_deref() == Some("2")) {
+            panic!("{what}: a session that was begun anew doesn't work");
+        }
+        let mut session = resumed.map_err(|e| e.to_string())?;
+        use_up(&mut session).await;
+        restored.map_err(|e| e.to_string())
+    };
+    tokio::time::timeout(TOO_LONG, all).await.unwrap_or_else(|_| panic!("{what} takes too long"))
+}
+
+/// What others see of all this: a session that was there before, and a new one.
+async fn check_others(what: &str, bystander: &mut WasmEnvironment, round: &mut u64) {
+    *round += 1;
+    let text =
+        print(bystander, "count += 1; print(count, len(state), state[77], open('/tmp/k').read())")
+            .await;
+    assert_eq!(text, format!("{round} 1000 77 kept\n"), "{what}");
+    let mut fresh = common::session();
+    let text = print(
+        &mut fresh,
+        "import os; print(os.listdir('/tmp'), 'x' in globals(), sum(range(1000)))",
+    )
+    .await;
+    assert_eq!(text, "[] False 499500\n", "{what}");
+}
+
+async fn bystander() -> WasmEnvironment {
+    let mut session = common::session();
+    run(&mut session, "count = 0; state = list(range(1000)); open('/tmp/k', 'w').write('kept')")
+        .await;
+    session
+}
+
+/// What is done to a good snapshot.
+type Harm = Box<dyn Fn(&mut Parts)>;
+
+fn harm(harm: impl Fn(&mut Parts) + 'static) -> Harm {
+    Box::new(harm)
+}
+
+fn session_key(key: &'static str, value: Json) -> Harm {
+    harm(move |parts| parts.header["session"][key] = value.clone())
+}
+
+fn file(kind: u8, path: &str, rest: &[u8]) -> (u8, String, Vec<u8>) {
+    (kind, path.to_owned(), rest.to_vec())
+}
+
+fn files(files: Vec<(u8, String, Vec<u8>)>) -> Harm {
+    harm(move |parts| parts.files = files.clone())
+}
+
+/// A file's name, harm, and a part of the complaint if it has to be refused.
+fn cases() -> Vec<(String, Harm, &'static str)> {
+    let most = u64::MAX;
+    let told = |profile: &str, tools: usize| {
+        let tools: Vec<String> = (0..tools).map(|n| format!("tool{n}")).collect();
+        json!({ "profile": profile, "lm": true, "env": {"A": "\0=\x1b[2J"}, "allowed_imports": [], "tools": tools })
+    };
+    let memory = |bytes: u64| harm(move |parts| parts.header["memory_bytes"] = bytes.into());
+    let deep = |n: usize| vec!["d"; n].join("/");
+    let mut tree: Vec<_> = (1..=64).map(|n| file(2, &deep(n), b"")).collect();
+    tree.push(file(4, "up", b"d/d/d"));
+    let mut cases = vec![
+        ("all cells", session_key("cells", most.into()), ""),
+        ("all random bytes", session_key("random_bytes", most.into()), ""),
+        ("all bytes of mounts", session_key("mount_bytes", most.into()), ""),
+        ("a late clock", session_key("clock", json!({"start_ns": most, "elapsed_ns": 0})), ""),
+        ("an old clock", session_key("clock", json!({"start_ns": 0, "elapsed_ns": most})), ""),
+        ("both", session_key("clock", json!({"start_ns": most, "elapsed_ns": most})), ""),
+        ("another seed", session_key("seed", most.into()), ""),
+        ("told nothing", session_key("told", Json::Null), ""),
+        ("told of tools", session_key("told", told("rlm", 5000)), ""),
+        ("the other profile", session_key("told", told("openenv", 1)), ""),
+        ("no profile", session_key("told", told("\u{1b}[31m", 0)), "the profile `\\u{1b}[31m`"),
+        ("odd memory", memory((50 << 20) + PAGE as u64), "a memory of at least"),
+        ("small memory", memory(64 << 10), "the snapshot"),
+        ("all memory", memory(4 << 30), "limits.memory_bytes"),
+        ("too much memory", memory((4 << 30) + (64 << 10)), "4294967296 bytes of memory"),
+        ("absurd memory", memory(most - most % PAGE as u64), "bytes of memory"),
+        ("much disk", files(vec![file(3, "big", &[b'x'; 1 << 20])]), ""),
+        (
+            "too much disk",
+            files([0, 1].map(|n| file(3, &n.to_string(), &[7; 1 << 20])).into()),
+            "limits.disk_bytes",
+        ),
+        ("a deep tree", files(tree), ""),
+        ("long names", files(vec![file(3, &"n".repeat(255), b"x")]), ""),
+        ("odd names", files(vec![file(3, "\u{1b}[2J\n*?-rf", b""), file(4, "-", b"-")]), ""),
+        (
+            "links in a circle",
+            files(vec![file(4, "a", b"b"), file(4, "b", b"a"), file(4, "f", b"f")]),
+            "",
+        ),
+        ("a link in the way", files(vec![file(2, "mine", b""), file(4, "f", b"mine/x")]), ""),
+        ("no page", harm(|parts| parts.pages.clear()), ""),
+        ("no globals", harm(|parts| parts.header["globals"] = json!([])), "globals of its image"),
+        (
+            "a reference",
+            harm(|parts| parts.header["globals"][0]["type"] = "externref".into()),
+            "globals of its image",
+        ),
+        (
+            "an inode too many",
+            files(vec![file(3, "a/b", b"")]),
+            "a directory before all that lies in it",
+        ),
+    ]
+    .into_iter()
+    .map(|(what, harm, refused)| (what.to_owned(), harm, refused))
+    .collect::<Vec<_>>();
+    for path in ["../x", "/etc/passwd", "a/../../x", "a//b", ".", "", "nul\0"] {
+        cases.push((format!("path {path:?}"), files(vec![file(3, path, b"x")]), "a path "));
+    }
+    for target in ["..", "/etc", "a/../..", ""] {
+        let harm = files(vec![file(4, "l", target.as_bytes())]);
+        cases.push((format!("link to {target:?}"), harm, "a target of a link "));
+    }
+    cases
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_the_header_and_the_files_say_only_the_session_itself_suffers() {
+    count_panics();
+    let directory = tempfile::tempdir().unwrap();
+    let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
+    let path = directory.path().join("s");
+    good.write(&path);
+    assert_eq!(suffer("the good one", &path, options()).await, Ok(()));
+    for (what, harm, refused) in cases() {
+        let mut parts = good.clone();
+        harm(&mut parts);
+        parts.write(&path);
+        match (suffer(&what, &path, options()).await, refused) {
+            (Ok(()), "") => {}
+            (Err(error), refused) if !refused.is_empty() && error.contains(refused) => {}
+            (found, _) => panic!("{what}: {found:?}"),
+        }
+        check_others(&what, &mut others, &mut round).await;
+    }
+    // With limits that allow it, there is as much memory as there can be, and none of it is real.
+    let mut parts = good.clone();
+    parts.header["memory_bytes"] = ((4_u64 << 30) - (1 << 20)).into();
+    parts.write(&path);
+    let large = Limits { memory_bytes: 4 << 30, ..options().limits };
+    let large = EnvironmentOptions { limits: large, ..options() };
+    suffer("all memory, allowed", &path, large).await.unwrap();
+    check_others("all memory", &mut others, &mut round).await;
+    assert!(peak_bytes() < HOST_BYTES_MAX, "{} bytes", peak_bytes());
+    assert_eq!(PANICS.load(Ordering::Acquire), 0);
+}
+
+/// Globals such as the stack pointer at the ends of the world.
+#[tokio::test(flavor = "multi_thread")]
+async fn globals_may_have_any_value() {
+    count_panics();
+    let directory = tempfile::tempdir().unwrap();
+    let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
+    let path = directory.path().join("s");
+    let end = u64::from(good.memory_pages()) * PAGE as u64;
+    for number in 0..good.globals() {
+        for bits in
+            [0, 1, 16, 0x7fff_ffff, 0x8000_0000, 0xffff_fff0, 0xffff_ffff, u64::MAX, end, end - 16]
+        {
+            let mut parts = good.clone();
+            parts.global(number, bits);
+            parts.write(&path);
+            let what = format!("global {number} at {bits:#x}");
+            let _ = suffer(&what, &path, options()).await;
+        }
+        check_others("globals", &mut others, &mut round).await;
+    }
+    assert_eq!(PANICS.load(Ordering::Acquire), 0);
+}
+
+/// One kind of random harm to a snapshot.
+fn mutate(parts: &mut Parts, random: &mut Random) {
+    let numbers: Vec<u32> = parts.pages.keys().copied().collect();
+    let any = |random: &mut Random| numbers[random.below(numbers.len())];
+    match random.below(7) {
+        0 => {
+            // Bits here and there, where the session has written: its heap and its stack.
+            for _ in 0..=random.below(200) {
+                let page = parts.pages.get_mut(&any(random)).unwrap();
+                page[random.below(PAGE)] ^= 1 << random.below(8);
+            }
+        }
+        1 => {
+            for _ in 0..=random.below(20) {
+                let garbage = random.page();
+                parts.pages.insert(any(random), garbage);
+            }
+        }
+        2 => {
+            // Anywhere: static data, modules, the agent's own objects.
+            for _ in 0..=random.below(50) {
+                let number = random.below(parts.memory_pages() as usize) as u32;
+                let page = match random.below(3) {
+                    0 => random.page(),
+                    1 => vec![0xff; PAGE],
+                    _ => vec![0; PAGE],
+                };
+                parts.pages.insert(number, page);
+            }
+        }
+        3 => {
+            let (one, other) = (any(random), any(random));
+            let page = parts.pages[&one].clone();
+            parts.pages.insert(other, page);
+        }
+        4 => parts.pages.retain(|_, _| random.below(10) > 0),
+        5 => {
+            let (number, bits) = (random.below(16), random.next() >> random.below(64));
+            parts.global(number, bits);
+        }
+        _ => {
+            // Pointers that lead elsewhere, one in every so many words.
+            let every = 1 + random.below(60);
+            let page = parts.pages.get_mut(&any(random)).unwrap();
+            for word in page.chunks_exact_mut(4).step_by(every) {
+                let address = random.below(50 << 20) as u32;
+                word.copy_from_slice(&address.to_le_bytes());
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn random_harm_stays_in_the_sandbox() {
+    count_panics();
+    let directory = tempfile::tempdir().unwrap();
+    let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
+    let path = directory.path().join("s");
+    for seed in 0..MUTATIONS {
+        let (mut parts, mut random) = (good.clone(), Random(seed));
+        for _ in 0..=random.below(3) {
+            mutate(&mut parts, &mut random);
+        }
+        parts.write(&path);
+        let what = format!("mutation {seed}");
+        let _ = suffer(&what, &path, options()).await;
+        assert_eq!(PANICS.load(Ordering::Acquire), 0, "{what}");
+        if seed % 20 == 0 {
+            check_others(&what, &mut others, &mut round).await;
+        }
+    }
+    check_others("all mutations", &mut others, &mut round).await;
+    assert!(peak_bytes() < HOST_BYTES_MAX, "{} bytes", peak_bytes());
+}
