@@ -462,6 +462,7 @@ impl Conversation {
                 (None, Ok(completion)) => encode(&completion.response),
             })
             .collect();
+        message.letter = single;
         if !single {
             message.header.insert("responses".into(), responses.into());
         }

@@ -97,11 +97,13 @@ pub(crate) struct GlobalRecord {
     pub(crate) bits: u64,
 }
 
-/// Addresses of the agent's turn in the memory: a code object and its globals.
+/// Addresses of what the host uses of the agent: the code object of a turn, its globals, and the list
+/// that it leaves texts in (see `wasm/text.rs`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Entry {
     pub(crate) code: u32,
     pub(crate) names: u32,
+    pub(crate) mailbox: Option<u32>,
 }
 
 /// What an image is.
@@ -524,7 +526,7 @@ mod tests {
             memory_bytes: 6,
             site: false,
             globals: vec![],
-            entry: Entry { code: 0, names: 0 },
+            entry: Entry { code: 0, names: 0, mailbox: None },
             dot: 0,
             files: vec![FileRecord::of(draft.path(), "memory.bin").unwrap()],
         };

@@ -28,6 +28,7 @@ mod saved;
 mod session;
 mod stack;
 mod state;
+mod text;
 mod wasi;
 
 use std::collections::HashMap;

@@ -21,6 +21,7 @@ use super::clock::VirtualClock;
 use super::files::{Files, Scratch};
 use super::opening::Kept;
 use super::random::SeededRandom;
+use super::text;
 use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
@@ -140,6 +141,10 @@ pub(crate) struct Handles {
     pub(crate) run_source: TypedFunc<(i32, i32), i32>,
     /// `PyEval_EvalCode(code, globals, locals)`.
     pub(crate) eval_code: TypedFunc<(i32, i32, i32), i32>,
+    /// `PyUnicode_New(chars, largest)`.
+    pub(crate) new_text: TypedFunc<(i32, i32), i32>,
+    /// `PyList_SetItem(list, index, item)`.
+    pub(crate) set_item: TypedFunc<(i32, i32, i32), i32>,
     pub(crate) initialize: Option<TypedFunc<(), ()>>,
 }
 
@@ -224,6 +229,8 @@ pub(crate) struct Guest {
     pub(crate) refused_bytes: Option<usize>,
     /// Whether a turn began and hasn't ended: then the state is not to be trusted.
     pub(crate) running: bool,
+    /// Where in the memory the list is that texts are left in: see `text.rs`.
+    pub(crate) mailbox: Option<u32>,
 }
 
 impl Guest {
@@ -281,6 +288,7 @@ impl Guest {
             fault: None,
             refused_bytes: None,
             running: false,
+            mailbox: None,
         };
         Ok(())
     }
@@ -443,6 +451,7 @@ async fn call(
             None => Message::new(serde_json::json!({ "error": "stopped" })),
         },
     };
+    let Some(reply) = text::post(&mut caller, reply).await? else { return Ok(CALL_FAULT) };
     let head = reply.head();
     let len = head.len() + reply.body.len();
     match put(&mut caller, &head, &reply.body).await? {

@@ -242,5 +242,6 @@ fn guest(
         fault: None,
         refused_bytes: None,
         running: false,
+        mailbox: manifest.entry.mailbox,
     })
 }
