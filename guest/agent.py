@@ -195,7 +195,8 @@ class Agent:
             raise ValueError("%r is not the name of a variable" % (name,))
         if self.namespace.is_reserved(name) or (name.startswith("__") and name.endswith("__")):
             raise ValueError("the name %r is reserved" % name)
-        self.namespace.names[name] = decode(header.get("value"), data)
+        letter = header.get("letter")
+        self.namespace.names[name] = self.channel.take_letter() if letter else decode(header.get("value"), data)
         return {}, None
 
     def context(self, header, data):
@@ -268,7 +269,7 @@ class Agent:
         """The last thing before the memory is saved.
 
         The answer names the addresses (`id` in CPython) of what the host uses: the code object of a turn, its globals,
-        the mailbox, and texts of every width, by which it finds out how they lie in memory.
+        the mailbox, and texts of every width and bytes, by which it finds out how they lie in memory.
         """
         self.filling = None
         self.clean()
@@ -276,6 +277,8 @@ class Agent:
         gc.freeze()
         code, names = self.entry
         self.samples = header.get("samples", [])
+        self.samples += [text.encode() for text in self.samples[:1]]
+        self.channel.layout = header.get("layout")
         addresses = {"code": id(code), "names": id(names), "mailbox": id(self.channel.mailbox)}
         return {**addresses, "samples": [*map(id, self.samples)]}, None
 

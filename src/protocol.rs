@@ -101,9 +101,10 @@ impl Message {
         Ok((parsed, self.body))
     }
 
-    /// Puts `value` under `key`, its long parts into the body.
+    /// Puts the only value under `key`, its long parts into the body.
     pub(crate) fn put(&mut self, key: &str, value: &Value) {
         let encoded = encode_value(value, &mut self.body);
+        self.letter = matches!(value, Value::Str(_));
         self.header.insert(key.into(), encoded);
     }
 }

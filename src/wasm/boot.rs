@@ -19,7 +19,7 @@ use super::pins::pins;
 use super::random::SeededRandom;
 use super::recipe::Recipe;
 use super::session::{Session, Start, Turn, TurnEnd};
-use super::text::{SAMPLES, is_as_expected};
+use super::text::{LAYOUT, SAMPLES, is_as_expected};
 use super::wasi::{self, Directories};
 use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
 use crate::capture::Capture;
@@ -260,13 +260,14 @@ async fn boot(
     immortalize(&mut session).await?;
     // What the first leaves in disorder at its own end, the second finds; it comes the way on which
     // nothing is compiled.
-    let entry = freeze(&mut session, Turn::Source(TURN)).await?;
-    let entry = freeze(&mut session, Turn::Entry(entry)).await?;
+    let entry = freeze(&mut session, Turn::Source(TURN), false).await?;
+    let is_known = entry.mailbox.is_some();
+    let entry = freeze(&mut session, Turn::Entry(entry), is_known).await?;
     Ok(Booted { session, dot, entry })
 }
 
 /// The last thing that runs in the guest.
-async fn freeze(session: &mut Session, line: Turn) -> Result<Entry> {
+async fn freeze(session: &mut Session, line: Turn, is_known: bool) -> Result<Entry> {
     #[derive(serde::Deserialize)]
     struct Addresses {
         code: u32,
@@ -274,7 +275,8 @@ async fn freeze(session: &mut Session, line: Turn) -> Result<Entry> {
         mailbox: u32,
         samples: Vec<u32>,
     }
-    let request = Message::new(json!({ "op": "freeze", "samples": SAMPLES }));
+    let layout = is_known.then_some(LAYOUT);
+    let request = Message::new(json!({ "op": "freeze", "samples": SAMPLES, "layout": layout }));
     let (found, _) = turn(session, line, Some(request)).await?.parse::<Addresses>()?;
     let known = is_as_expected(session.memory_mut(), &found.samples);
     let mailbox = known.then_some(found.mailbox);

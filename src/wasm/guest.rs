@@ -436,13 +436,19 @@ async fn call(
 ) -> wasmtime::Result<i32> {
     charge_call(&mut caller, len.into())?;
     let memory = caller.data().handles()?.memory;
-    let (bytes, guest) = memory.data_and_store_mut(&mut caller);
-    let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
+    let memory = memory.data(&caller);
+    let Some(bytes) = guest_slice(memory, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
     else {
         return Ok(CALL_FAULT);
     };
-    let answer = Message::from_bytes(bytes).and_then(|message| guest.conversation.answer(message));
-    let reply = match answer {
+    let message = Message::from_bytes(bytes).and_then(|message| text::collect(message, memory));
+    let message = match message {
+        Err(error) => return Err(caller.data_mut().fault(error)),
+        Ok(message) => message,
+    };
+    charge_call(&mut caller, message.body.len() as u64)?;
+    let guest = caller.data_mut();
+    let reply = match guest.conversation.answer(message) {
         Err(error) => return Err(guest.fault(error)),
         Ok(Answer::Now(reply)) => reply,
         Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {

@@ -6,6 +6,9 @@
 //! agent, the mailbox, whose address the image's manifest has. The frame then says `letter`, or is
 //! empty, and the agent takes the text out of the list.
 //!
+//! The other way, a call whose header has `pieces` has no body: it names the places in the guest's
+//! memory where the parts of the body are.
+//!
 //! How such an object lies in memory is checked when an image is built ([`is_as_expected`]). Where it
 //! is different, and for what isn't UTF-8, texts go the usual way.
 
@@ -13,8 +16,9 @@ use std::ops::Range;
 
 use wasmtime::Caller;
 
-use super::guest::{Guest, charge_call, read_u32};
-use crate::protocol::{Message, REPLY_BYTES_MAX};
+use super::guest::{Guest, charge_call, guest_slice, read_u32};
+use crate::error::{Error, Result};
+use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
 
 /// The C-API function that makes a `str` whose characters are yet to be written.
 pub(crate) const NEW_FUNCTION: &str = "PyUnicode_New";
@@ -30,6 +34,10 @@ const LENGTH_AT: u32 = 8;
 /// Where the characters of a `str` begin: one of ASCII has no cache for its UTF-8.
 const ASCII_AT: usize = 20;
 const OTHERS_AT: usize = 28;
+/// Where the content of `bytes` begins.
+const BYTES_AT: usize = 16;
+/// What the agent has to know to name the places of texts and bytes.
+pub(crate) const LAYOUT: [usize; 2] = [ASCII_AT, BYTES_AT];
 
 /// Texts of which the agent tells where they are: one of each [`Width`].
 pub(crate) const SAMPLES: [&str; 4] =
@@ -173,8 +181,30 @@ pub(crate) async fn post(
     Ok(Some(message))
 }
 
-/// Whether the guest's texts lie in memory as this file takes them to: `addresses` are those of
-/// [`SAMPLES`].
+/// Reads the body of a message whose header names the places of its pieces.
+///
+/// # Errors
+///
+/// [`Error::Protocol`] for pieces outside the memory, or too many bytes of them.
+pub(crate) fn collect(mut message: Message, memory: &[u8]) -> Result<Message> {
+    let Some(pieces) = message.header.remove("pieces") else { return Ok(message) };
+    let pieces = serde_json::from_value::<Vec<(u32, u32)>>(pieces);
+    let pieces = pieces.map_err(|e| Error::protocol(format!("pieces of the wrong type: {e}")))?;
+    let total: u64 = pieces.iter().map(|(_, len)| u64::from(*len)).sum();
+    if total > CALL_BYTES_MAX as u64 {
+        return Err(Error::protocol(format!("{total} bytes in one call")));
+    }
+    message.body = Vec::with_capacity(total as usize);
+    for (address, len) in pieces {
+        let piece = guest_slice(memory, address, len);
+        let piece = piece.ok_or_else(|| Error::protocol("a piece outside of the memory"))?;
+        message.body.extend_from_slice(piece);
+    }
+    Ok(message)
+}
+
+/// Whether the guest's texts and bytes lie in memory as this file takes them to: `addresses` are those
+/// of [`SAMPLES`], and of the first of them as `bytes`.
 pub(crate) fn is_as_expected(memory: &[u8], addresses: &[u32]) -> bool {
     let is_right = |(sample, address): (&&str, &u32)| -> Option<bool> {
         let letter = Letter::new(sample.as_bytes())?;
@@ -183,6 +213,12 @@ pub(crate) fn is_as_expected(memory: &[u8], addresses: &[u32]) -> bool {
         letter.write(&mut expected);
         Some(length as usize == letter.chars && memory.get(letter.place(*address)?)? == expected)
     };
-    addresses.len() == SAMPLES.len()
-        && SAMPLES.iter().zip(addresses).all(|pair| is_right(pair) == Some(true))
+    let [texts @ .., bytes] = addresses else { return false };
+    let first = SAMPLES[0].as_bytes();
+    let found = bytes
+        .checked_add(BYTES_AT as u32)
+        .and_then(|at| guest_slice(memory, at, first.len() as u32));
+    found == Some(first)
+        && texts.len() == SAMPLES.len()
+        && SAMPLES.iter().zip(texts).all(|pair| is_right(pair) == Some(true))
 }
