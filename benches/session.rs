@@ -116,7 +116,7 @@ fn cells(c: &mut Criterion, runtime: &Runtime, tokio: &tokio::runtime::Runtime) 
             1000,
         ),
         ("host tool, 1000 in a cell", "for _ in range(1000): echo(1)", 1000),
-        ("llm_query, 1 MB each way", "s = 'x' * 1_000_000\nllm_query(s)", 1),
+        ("llm_query, 1 MB each way", "len(llm_query('x' * 1_000_000))", 1),
         ("1 MB to a host tool and back", "s = 'x' * 1_000_000\necho(s)", 1),
     ];
     for (name, cell, calls) in cases {

@@ -219,10 +219,10 @@ def make_tool(channel, name):
             }
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
-        reply, data = channel.ask(header, body)
+        reply, data = channel.ask(header, body) if body.parts else channel.exchange(pack(header))
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
-        if reply.get("letter"):
+        if "letter" in reply:
             return channel.take_letter()
         return decode(reply.get("value"), data)
 

@@ -120,6 +120,8 @@ class Body:
         return [start, _len(data)]
 
     def join(self):
+        if not self.parts:
+            return b""
         return b"".join([part.encode() if _type(part) is _str else part for part in self.parts])
 
 

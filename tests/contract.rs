@@ -135,6 +135,15 @@ _host.call(len(h).to_bytes(4,'big') + h + bytes(1000000))"#,
 h = b'{"op":"why","x":[' + b','.join([b'{"":0}'] * 2_000_000) + b']}'
 _host.call(len(h).to_bytes(4,'big') + h)"#,
         r#"import _host
+h = b'{"op":"lm","pieces":[[4294967290,8]]}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
+h = b'{"op":"lm","pieces":[' + b','.join([b'[0,20000000]'] * 20) + b']}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
+h = b'{"op":"lm","pieces":[[-1,"x"]]}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
 h = b'{"op":"lm","prompts":[{"$str":[0,99]}]}'
 _host.call(len(h).to_bytes(4,'big') + h)"#,
     ];
@@ -195,6 +204,8 @@ async fn variables_cross_in_both_directions() {
         Value::from(f64::INFINITY),
         Value::from("é\r\n\0 ]"),
         Value::from("long".repeat(5000)),
+        Value::from("l\u{f6}ng".repeat(5000)),
+        Value::List(vec![Value::from("in a list".repeat(5000)), Value::from(vec![7u8; 50_000])]),
         Value::Wtf8(b"a\xed\xa0\x80b".to_vec()),
         Value::from(vec![0u8, 1, 255]),
         Value::List(vec![Value::from(1i64), Value::from("x")]),
@@ -356,6 +367,35 @@ async fn a_large_context_goes_in_and_one_too_large_is_refused() {
         assert!(error.to_string().starts_with("context: it does not fit"), "{error}");
         assert_eq!(print(&mut small, "print(keep)").await, "41\n");
     }
+}
+
+#[tokio::test]
+async fn long_texts_and_bytes_go_to_the_host_and_back() {
+    let tool = Tool::new("echo", |call| Ok(call.args.into_iter().next().unwrap_or(Value::None)));
+    let mut session = open(EnvironmentOptions {
+        lm: Some(Arc::new(ScriptedHandler::echo())),
+        tools: vec![tool],
+        ..EnvironmentOptions::default()
+    });
+    let cell = "
+texts = ['x' * n for n in (1, 1023, 1025, 4096, 16383, 16384, 100_000)]
+texts += ['\\xe9' * 20_000, 'a\\u20ac' * 20_000, '\\U0001f40d' * 20_000]
+for text in texts:
+    assert echo(text) == text and llm_query(text) == text, len(text)
+    assert echo([text, text.encode(), {'k': text}]) == [text, text.encode(), {'k': text}], len(text)
+class Text(str): pass
+assert echo(Text('y' * 50_000)) == 'y' * 50_000
+assert echo(bytearray(50_000)) == bytes(50_000)
+assert echo(['z' * 20_000] * 100) == ['z' * 20_000] * 100
+assert echo('w' * 20_000 + '\\ud800') == 'w' * 20_000 + '\\ud800'
+assert llm_query_batched(texts) == texts
+del texts, text, Text
+print(llm_query('p' * 30_000) == 'p' * 30_000)";
+    let execution = run(&mut session, cell).await;
+    assert_eq!(execution.stdout.text(), "True\n", "{}", execution.stderr.text());
+    let last = execution.lm_calls.last().unwrap();
+    assert_eq!(last.prompt, kaa::lm::Prompt::Text("p".repeat(30_000)));
+    assert_eq!(last.completion.response, "p".repeat(30_000));
 }
 
 #[tokio::test]

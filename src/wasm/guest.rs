@@ -21,7 +21,7 @@ use super::clock::VirtualClock;
 use super::files::{Files, Scratch};
 use super::opening::Kept;
 use super::random::SeededRandom;
-use super::text;
+use super::text::{self, Post};
 use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
@@ -448,7 +448,7 @@ async fn call(
     };
     charge_call(&mut caller, message.body.len() as u64)?;
     let guest = caller.data_mut();
-    let reply = match guest.conversation.answer(message) {
+    let mut reply = match guest.conversation.answer(message) {
         Err(error) => return Err(guest.fault(error)),
         Ok(Answer::Now(reply)) => reply,
         Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {
@@ -457,13 +457,33 @@ async fn call(
             None => Message::new(serde_json::json!({ "error": "stopped" })),
         },
     };
-    let Some(reply) = text::post(&mut caller, reply).await? else { return Ok(CALL_FAULT) };
-    let head = reply.head();
-    let len = head.len() + reply.body.len();
-    match put(&mut caller, &head, &reply.body).await? {
-        Some(address) => write_result(&mut caller, out_ptr, out_len, address, len),
+    let sent = send(&mut caller, &mut reply).await;
+    caller.data_mut().conversation.take_back(reply);
+    match sent? {
+        Some((address, len)) => write_result(&mut caller, out_ptr, out_len, address, len),
         None => Ok(CALL_FAULT),
     }
+}
+
+/// Sends a message, as a letter if that's possible; where the frame is, and its length. `None` when
+/// the guest has no memory for it.
+async fn send(
+    caller: &mut Caller<'_, Guest>,
+    message: &mut Message,
+) -> wasmtime::Result<Option<(u32, usize)>> {
+    let is_posted = match text::post(caller, message).await? {
+        Post::Done => true,
+        Post::Unsuitable => false,
+        Post::Refused => return Ok(None),
+    };
+    let (head, body) = match is_posted {
+        // The agent knows a letter without a header by its empty frame.
+        true if message.header.is_empty() => (Vec::new(), [].as_slice()),
+        true => (message.head(), [].as_slice()),
+        false => (message.head(), message.body.as_slice()),
+    };
+    let len = head.len() + body.len();
+    Ok(put(caller, &head, body).await?.map(|address| (address, len)))
 }
 
 /// Copies a message into a buffer that the guest allocates; `None` when it has no memory for it.

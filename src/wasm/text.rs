@@ -139,22 +139,32 @@ impl<'text> Letter<'text> {
     }
 }
 
-/// Puts the body of a letter into the mailbox; returns what is left to be sent as a frame. `None`: the
-/// guest has no memory for it, and an exception is pending.
+/// What became of a letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Post {
+    /// It's in the mailbox, and a header that isn't empty says so: the frame needs no body.
+    Done,
+    /// It has to go the usual way.
+    Unsuitable,
+    /// The guest has no memory for it, and an exception is pending.
+    Refused,
+}
+
+/// Puts the body of a letter into the mailbox.
 ///
 /// # Errors
 ///
 /// When the guest traps.
 pub(crate) async fn post(
     caller: &mut Caller<'_, Guest>,
-    mut message: Message,
-) -> wasmtime::Result<Option<Message>> {
-    let Some(mailbox) = caller.data().mailbox else { return Ok(Some(message)) };
+    message: &mut Message,
+) -> wasmtime::Result<Post> {
+    let Some(mailbox) = caller.data().mailbox else { return Ok(Post::Unsuitable) };
     let len = message.body.len();
     if !message.letter || !(LETTER_BYTES_MIN..=REPLY_BYTES_MAX).contains(&len) {
-        return Ok(Some(message));
+        return Ok(Post::Unsuitable);
     }
-    let Some(letter) = Letter::new(&message.body) else { return Ok(Some(message)) };
+    let Some(letter) = Letter::new(&message.body) else { return Ok(Post::Unsuitable) };
     charge_call(caller, letter.bytes().max(len) as u64)?;
     let handles = caller.data().handles()?;
     let size = (letter.chars as i32, letter.width.largest_char());
@@ -172,13 +182,12 @@ pub(crate) async fn post(
     };
     if !posted {
         caller.data_mut().refused_bytes = Some(len);
-        return Ok(None);
+        return Ok(Post::Refused);
     }
-    message.body = Vec::new();
     if !message.header.is_empty() {
         message.header.insert("letter".into(), true.into());
     }
-    Ok(Some(message))
+    Ok(Post::Done)
 }
 
 /// Reads the body of a message whose header names the places of its pieces.
