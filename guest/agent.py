@@ -52,6 +52,7 @@ class Agent:
         self.found = None  # The survey, while an image is being built.
         self.filling = None
         self.settled = {}
+        self.samples = []
         self.reported = False  # Whether code of the cell ran after the cell, for its report.
         self.value_chars, self.repr_chars = VALUE_CHARS, REPR_CHARS
         self.operations = {
@@ -194,11 +195,14 @@ class Agent:
             raise ValueError("%r is not the name of a variable" % (name,))
         if self.namespace.is_reserved(name) or (name.startswith("__") and name.endswith("__")):
             raise ValueError("the name %r is reserved" % name)
-        self.namespace.names[name] = decode(header.get("value"), data)
+        letter = header.get("letter")
+        self.namespace.names[name] = self.channel.take_letter() if letter else decode(header.get("value"), data)
         return {}, None
 
     def context(self, header, data):
         kind = header["op"]
+        if header.get("letter"):
+            data = self.channel.take_letter()
         value = _read_context(header.get("kind", "json" if kind == "history" else "text"), data)
         return {"index": self.namespace.add(kind, header.get("index"), value)}, None
 
@@ -261,17 +265,22 @@ class Agent:
         gc.collect()
         gc.collect()
 
-    def freeze(self, _header, _data):
+    def freeze(self, header, _data):
         """The last thing before the memory is saved.
 
-        The answer names the addresses (`id` in CPython) of the code object of a turn and of its globals.
+        The answer names the addresses (`id` in CPython) of what the host uses: the code object of a turn, its globals,
+        the mailbox, and texts of every width and bytes, by which it finds out how they lie in memory.
         """
         self.filling = None
         self.clean()
         self.filling = fill_holes()
         gc.freeze()
         code, names = self.entry
-        return {"code": id(code), "names": id(names)}, None
+        self.samples = header.get("samples", [])
+        self.samples += [text.encode() for text in self.samples[:1]]
+        self.channel.layout = header.get("layout")
+        addresses = {"code": id(code), "names": id(names), "mailbox": id(self.channel.mailbox)}
+        return {**addresses, "samples": [*map(id, self.samples)]}, None
 
     # --- cells ---
 
@@ -441,11 +450,11 @@ def _failure(error):
 
 
 def _read_context(kind, data):
-    """The body of a context; errors name the byte where it is wrong."""
+    """A context from its bytes or its text; errors name the byte where it is wrong."""
     if kind == "bytes":
         return _bytes(data)
     try:
-        text = _str(data, "utf-8", "surrogatepass")
+        text = data if _type(data) is _str else _str(data, "utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         raise ValueError("the context is not UTF-8 at byte %d" % error.start) from None
     if kind == "text":

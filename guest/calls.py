@@ -4,7 +4,9 @@ import builtins
 
 from .values import Body, NotRepresentable, decode, encode, pack, type_name, unpack
 
-_len, _str, _type, _issubclass, _list, _dict, _tuple = len, str, type, issubclass, list, dict, tuple
+PIECES_BYTES_MIN = 16 * 1024  # Shorter bodies are sent quicker than described.
+PIECES_MAX = 64
+_len, _str, _type, _issubclass, _list, _dict, _tuple, _id = len, str, type, issubclass, list, dict, tuple, id
 _EXCEPTIONS = {
     name: value
     for name, value in vars(builtins).items()
@@ -35,6 +37,8 @@ class Channel:
 
     def __init__(self, call):
         self.call = call
+        self.mailbox = [None]  # Here a host in the same address space leaves a text: a letter.
+        self.layout = None  # If it can read objects, too: where the characters of a str begin, and those of bytes.
         self.busy = False
         self.deferred = False
         self.watching = False  # True only while code of the cell runs: then a soft stop may raise.
@@ -53,6 +57,24 @@ class Channel:
         if self.deferred:
             self.stop()
         return reply, data
+
+    def ask(self, header, body):
+        """A call with a body. What is long stays where it is, if the host can read it there."""
+        if self.layout is None or body.size < PIECES_BYTES_MIN or _len(body.parts) > PIECES_MAX:
+            return self.exchange(pack(header, body.join()))
+        text_at, bytes_at = self.layout
+        header["pieces"] = [
+            (_id(part) + (text_at if _type(part) is _str else bytes_at), _len(part)) for part in body.parts
+        ]
+        return self.exchange(pack(header))
+
+    def take_letter(self):
+        """The text that came with the last frame."""
+        mailbox = self.mailbox
+        text, mailbox[0] = mailbox[0], None
+        if _type(text) is not _str:
+            raise RuntimeError("the text that the host left is gone")
+        return text
 
     def interrupted(self, _signal, _frame):
         """The handler of SIGINT, which is how the host asks for a soft stop."""
@@ -127,12 +149,16 @@ class Models:
     def send(self, kind, prompts, model, batched):
         """One crossing; as many responses as prompts."""
         if model is None and not batched and _len(prompts) == 1 and _type(prompts[0]) is _str:
+            if prompts[0].isascii() and _len(prompts[0]) >= PIECES_BYTES_MIN:
+                body = Body()
+                body.add(prompts[0])
+                return self.cross(1, self.channel.ask, {"op": "lm", "kind": kind}, body)
             try:
                 frame = _PROMPT[kind] + prompts[0].encode()
             except UnicodeEncodeError:
                 pass  # A lone surrogate.
             else:
-                return self.cross(frame, 1)
+                return self.cross(1, self.channel.exchange, frame)
         body, encoded, bad = Body(), [], {}
         for index, prompt in enumerate(prompts):
             mark = _len(body.parts), body.size
@@ -145,17 +171,17 @@ class Models:
         responses = []
         if encoded:
             header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
-            responses = self.cross(pack(header, body.join()), _len(encoded))
+            responses = self.cross(_len(encoded), self.channel.ask, header, body)
         if bad:
             good = iter(responses)
             responses = [bad[index] if index in bad else next(good) for index in range(_len(prompts))]
         return responses
 
-    def cross(self, frame, count):
+    def cross(self, count, ask, *call):
         try:
-            reply, data = self.channel.exchange(frame)
+            reply, data = ask(*call)
             if not reply and count == 1:
-                return [_str(data, "utf-8")]  # The text alone.
+                return [_str(data, "utf-8") if data else self.channel.take_letter()]  # The text alone.
             if reply.get("error") is not None:
                 if self.raises:
                     raise RuntimeError(reply["error"])
@@ -193,9 +219,11 @@ def make_tool(channel, name):
             }
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
-        reply, data = channel.exchange(pack(header, body.join()))
+        reply, data = channel.ask(header, body) if body.parts else channel.exchange(pack(header))
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
+        if "letter" in reply:
+            return channel.take_letter()
         return decode(reply.get("value"), data)
 
     tool.__name__ = tool.__qualname__ = name

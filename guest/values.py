@@ -70,7 +70,7 @@ def loads(text):
     return value
 
 
-_PLAIN = b"\0\0\0\2{}"  # The start of a frame that has only a body.
+_BODY_ONLY = b"\0\0\0\2{}"  # The start of a frame that has only a body.
 
 
 def to_utf8(text):
@@ -90,7 +90,7 @@ def pack(header, body=b""):
 
 def unpack(frame):
     """The header and the body (a memoryview) of a frame; an empty frame is an empty header."""
-    if frame[:6] == _PLAIN:
+    if frame[:6] == _BODY_ONLY:
         return {}, _memoryview(frame)[6:]
     if not frame:
         return {}, _memoryview(b"")
@@ -120,7 +120,9 @@ class Body:
         return [start, _len(data)]
 
     def join(self):
-        return b"".join(self.parts)
+        if not self.parts:
+            return b""
+        return b"".join([part.encode() if _type(part) is _str else part for part in self.parts])
 
 
 # --- encode ---
@@ -224,7 +226,8 @@ def _in_order(value):
 def _encode_text(value, body):
     if _len(value) > TEXT_CHARS_MAX:
         try:
-            return {"$str": body.add(value.encode())}
+            # One byte per character: the body encodes it, or names the place where it is.
+            return {"$str": body.add(value if value.isascii() else value.encode())}
         except UnicodeEncodeError:
             return {"$wtf8": body.add(value.encode("utf-8", "surrogatepass"))}
     if not value.isascii():

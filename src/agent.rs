@@ -3,6 +3,7 @@
 //! A backend carries bytes and stops the guest; this file knows what they mean. It holds the
 //! requests that wait for the guest, answers its calls, and turns reports into results.
 
+mod models;
 mod names;
 mod sources;
 
@@ -22,14 +23,10 @@ use crate::environment::{
 };
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
-use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
-use crate::protocol::{
-    CellReport, LmCallMessage, Message, ToolCallMessage, VariableReport, decode_within,
-    encode_text, text_of,
-};
+use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest};
+use crate::protocol::{CellReport, Message, ToolCallMessage, VariableReport, decode_within};
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
-use crate::value::Value;
 
 /// Characters kept of a `repr` in a report of variables.
 const REPR_CHARS: usize = 500;
@@ -68,6 +65,8 @@ struct Calls {
     lm: u32,
     tools: u32,
     completions: Vec<LmCall>,
+    /// Whether the last of them has lent its response to a message.
+    is_lent: bool,
 }
 
 /// The host's side of one session.
@@ -365,110 +364,6 @@ impl Conversation {
         Message::new(json!({ "limit": limit.name(), "message": message }))
     }
 
-    fn call_lm(&mut self, message: Message) -> Result<Answer> {
-        let (call, body) = message.parse::<LmCallMessage>()?;
-        let count = call.prompts.as_ref().map_or(1, Vec::len);
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        let refuse = |text: String| {
-            let results = (0..count).map(|_| Err(LmError::new(text.clone()))).collect();
-            Done::Lm { requests: Vec::new(), results }
-        };
-        let Some(handler) = self.lm.clone() else {
-            let done = refuse("No LM handler configured".into());
-            return Ok(Answer::Now(self.finish(done)));
-        };
-        let spent = self.calls.lm;
-        if spent.saturating_add(count) > self.limits.lm_calls {
-            let done = refuse(format!(
-                "LM call limit exceeded: {spent} + {count} > {}",
-                self.limits.lm_calls
-            ));
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        let bytes = self.calls.bytes.saturating_add(body.len());
-        if bytes > CALL_BYTES_KEPT_MAX {
-            let done = refuse(format!(
-                "prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes"
-            ));
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        let quota = self.quota.clone();
-        if let Some(Err(error)) = quota.as_ref().map(|quota| quota.calls(count)) {
-            let done = refuse(error.to_string());
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        self.calls.bytes = bytes;
-        self.calls.lm += count;
-        let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
-        let request =
-            |prompt| LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth };
-        let requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
-        let concurrency = self.limits.lm_concurrency as usize;
-        Ok(Answer::Later(Box::pin(async move {
-            let asked = requests.clone();
-            let most = concurrency.min(asked.len());
-            let permits = match &quota {
-                Some(quota) => Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await),
-                None => None,
-            };
-            let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
-            let results = match (call.batched, asked.len()) {
-                (false, 1) => {
-                    let request = asked.into_iter().next().expect("there is one");
-                    vec![handler.complete(request).await]
-                }
-                _ => handler.complete_batch(asked, concurrency).await,
-            };
-            Done::Lm { requests, results }
-        })))
-    }
-
-    fn finish_lm(
-        &mut self,
-        requests: Vec<LmRequest>,
-        results: Vec<Result<LmCompletion, LmError>>,
-    ) -> Message {
-        if !requests.is_empty() && results.len() != requests.len() {
-            let text = format!(
-                "the LM handler gave {} answers to {} prompts",
-                results.len(),
-                requests.len()
-            );
-            return Message::new(json!({ "error": text }));
-        }
-        if self.profile == Profile::OpenEnv
-            && let Some(error) = results.iter().find_map(|result| result.as_ref().err())
-        {
-            return Message::new(json!({ "error": error.message }));
-        }
-        let mut requests = requests.into_iter();
-        let mut message = Message::default();
-        let body = &mut message.body;
-        // A single answer goes without a header, which would have to be taken apart.
-        let single = matches!(results.as_slice(), [Ok(one)] if !one.response.is_empty());
-        let mut encode = |text: &str| match single {
-            true => body.extend_from_slice(text.as_bytes()).into(),
-            false => encode_text(text, body),
-        };
-        let responses: Vec<Json> = results
-            .into_iter()
-            .map(|result| match (requests.next(), result) {
-                (Some(request), Ok(completion)) => {
-                    self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-                    let response = encode(&completion.response);
-                    self.calls.completions.push(LmCall { prompt: request.prompt, completion });
-                    response
-                }
-                (_, Err(error)) => encode(&format!("Error: {error}")),
-                (None, Ok(completion)) => encode(&completion.response),
-            })
-            .collect();
-        if !single {
-            message.header.insert("responses".into(), responses.into());
-        }
-        message
-    }
-
     fn call_tool(&mut self, message: Message) -> Result<Answer> {
         let (call, body) = message.parse::<ToolCallMessage>()?;
         let refuse = |type_name: &str, text: String| {
@@ -576,24 +471,4 @@ pub(crate) fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
         new: report.new,
     };
     reports.into_iter().take(VARIABLES_MAX).map(variable).collect()
-}
-
-/// The prompts of a call.
-fn prompts(encoded: Option<Vec<Json>>, body: Vec<u8>) -> Result<Vec<Prompt>> {
-    let Some(encoded) = encoded else { return Ok(vec![Prompt::Text(text_of(body))]) };
-    let mut allowance = body.len();
-    let prompt = |json| prompt_of(decode_within(json, &body, &mut allowance)?);
-    encoded.into_iter().map(prompt).collect()
-}
-
-fn prompt_of(value: Value) -> Result<Prompt> {
-    match value {
-        Value::Str(text) => Ok(Prompt::Text(text)),
-        Value::Wtf8(bytes) => Ok(Prompt::Text(text_of(bytes))),
-        messages @ (Value::List(_) | Value::Map(_)) => messages
-            .to_json()
-            .map(Prompt::Messages)
-            .ok_or_else(|| Error::protocol("a prompt with parts that JSON has no form for")),
-        _ => Err(Error::protocol("a prompt that is neither text nor messages")),
-    }
 }

@@ -465,7 +465,7 @@ mod tests {
             memory_bytes: 6,
             site: false,
             globals: vec![],
-            entry: Entry { code: 0, names: 0 },
+            entry: Entry { code: 0, names: 0, mailbox: None },
             dot: 0,
             files: vec![FileRecord::of(draft.path(), "memory.bin").unwrap()],
         };

@@ -37,13 +37,15 @@ const DEPTH_MAX: usize = 100;
 pub(crate) struct Message {
     pub(crate) header: Map<String, Json>,
     pub(crate) body: Vec<u8>,
+    /// Whether the body is one text, which may reach the guest as such.
+    pub(crate) letter: bool,
 }
 
 impl Message {
     /// A message whose header is this JSON object.
     pub(crate) fn new(header: Json) -> Self {
         let Json::Object(header) = header else { unreachable!("a header is an object") };
-        Self { header, body: Vec::new() }
+        Self { header, ..Self::default() }
     }
 
     /// The bytes that come before the body; an empty header and body are no bytes at all.
@@ -84,7 +86,7 @@ impl Message {
         }
         let header = serde_json::from_slice(header)
             .map_err(|e| Error::protocol(format!("the header is not a JSON object: {e}")))?;
-        Ok(Self { header, body: body.to_vec() })
+        Ok(Self { header, body: body.to_vec(), letter: false })
     }
 
     /// The text under `key`, or nothing.
@@ -99,9 +101,10 @@ impl Message {
         Ok((parsed, self.body))
     }
 
-    /// Puts `value` under `key`, its long parts into the body.
+    /// Puts the only value under `key`, its long parts into the body.
     pub(crate) fn put(&mut self, key: &str, value: &Value) {
         let encoded = encode_value(value, &mut self.body);
+        self.letter = matches!(value, Value::Str(_));
         self.header.insert(key.into(), encoded);
     }
 }

@@ -29,6 +29,7 @@ mod saved;
 mod session;
 mod stack;
 mod state;
+mod text;
 mod wasi;
 
 use std::collections::HashMap;
@@ -52,6 +53,7 @@ use self::saved::{BACKEND, Saved, check_image};
 use self::session::Start;
 use crate::error::{Error, Result};
 use crate::image::{ImageManifest, ProgressFn, Store};
+use crate::limits::Limits;
 use crate::snapshot::Snapshot;
 use crate::tenant::{Quotas, Tenant, TenantUsage};
 
@@ -362,6 +364,9 @@ impl Runtime {
 
     /// Reads a snapshot file. Blocks.
     ///
+    /// The limits are those of the sessions that are to go on from it: of memory and disk no more is
+    /// allocated than they allow, whatever a small file says.
+    ///
     /// A file that anyone may have written can harm nothing but the session that goes on from it:
     /// memory, globals and files in it are the guest's, and stay in the sandbox. What such a session
     /// does next is in the hands of whoever wrote the file.
@@ -370,8 +375,8 @@ impl Runtime {
     ///
     /// [`Error::Incompatible`] when the file isn't a snapshot, is damaged or of a newer format, or
     /// when its image isn't the one in the store; [`Error::Io`] when it can't be read.
-    pub fn load_snapshot(&self, path: impl AsRef<Path>) -> Result<Snapshot> {
-        let saved = Saved::load(path.as_ref(), |header| {
+    pub fn load_snapshot(&self, path: impl AsRef<Path>, limits: &Limits) -> Result<Snapshot> {
+        let saved = Saved::load(path.as_ref(), limits, |header| {
             let name = &header.image.name;
             let found = match Recipe::built_in(name) {
                 Some(_) => self.image(name, &|_| {}),

@@ -135,6 +135,15 @@ _host.call(len(h).to_bytes(4,'big') + h + bytes(1000000))"#,
 h = b'{"op":"why","x":[' + b','.join([b'{"":0}'] * 2_000_000) + b']}'
 _host.call(len(h).to_bytes(4,'big') + h)"#,
         r#"import _host
+h = b'{"op":"lm","pieces":[[4294967290,8]]}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
+h = b'{"op":"lm","pieces":[' + b','.join([b'[0,20000000]'] * 20) + b']}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
+h = b'{"op":"lm","pieces":[[-1,"x"]]}'
+_host.call(len(h).to_bytes(4,'big') + h)"#,
+        r#"import _host
 h = b'{"op":"lm","prompts":[{"$str":[0,99]}]}'
 _host.call(len(h).to_bytes(4,'big') + h)"#,
     ];
@@ -195,6 +204,8 @@ async fn variables_cross_in_both_directions() {
         Value::from(f64::INFINITY),
         Value::from("é\r\n\0 ]"),
         Value::from("long".repeat(5000)),
+        Value::from("l\u{f6}ng".repeat(5000)),
+        Value::List(vec![Value::from("in a list".repeat(5000)), Value::from(vec![7u8; 50_000])]),
         Value::Wtf8(b"a\xed\xa0\x80b".to_vec()),
         Value::from(vec![0u8, 1, 255]),
         Value::List(vec![Value::from(1i64), Value::from("x")]),
@@ -260,6 +271,80 @@ async fn contexts_are_exact() {
 }
 
 #[tokio::test]
+async fn long_contexts_are_the_text_that_python_would_have_made() {
+    let mut session = session();
+    let texts = [
+        ("'abc\\n' * 2000", "abc\n".repeat(2000)),
+        ("'\\x7f' * 4096", "\x7f".repeat(4096)),
+        ("'ab\\xe9' * 2000 + '\\xff\\x80'", "ab\u{e9}".repeat(2000) + "\u{ff}\u{80}"),
+        ("'ab\\u0100' * 2000", "ab\u{100}".repeat(2000)),
+        ("'\\0\\u20ac\\uffff' * 2000", "\0\u{20ac}\u{ffff}".repeat(2000)),
+        ("'a' * 5000 + '\\U00010000'", "a".repeat(5000) + "\u{10000}"),
+        ("'\\U0010ffff\\xe9' * 2000", "\u{10ffff}\u{e9}".repeat(2000)),
+    ];
+    for (python, text) in texts {
+        let index = session.add_context(Context::Text(text.into_bytes()), None).await.unwrap();
+        // Sizes are equal only where both are as narrow as can be.
+        let check = format!(
+            "import sys\nc, e = context_{index}, {python}\n\
+             print(type(c) is str, c == e, len(c) == len(e), hash(c) == hash(e), {{c: 1}}[e],\n\
+             c[1:-1] == e[1:-1], c.isascii() == e.isascii(), sys.getsizeof(c) == sys.getsizeof(e),\n\
+             c.encode() == e.encode(), (c + 'x')[-2:] == (e + 'x')[-2:])"
+        );
+        let expected = "True True True True 1 True True True True True\n";
+        assert_eq!(print(&mut session, &check).await, expected, "{python}");
+    }
+    let json = format!(r#"["{}"]"#, "\u{e9}".repeat(5000)).into_bytes();
+    let index = session.add_context(Context::Json(json), None).await.unwrap();
+    let check = format!("print(context_{index} == ['\\xe9' * 5000], context is context_0)");
+    assert_eq!(print(&mut session, &check).await, "True True\n");
+    let long = |end: &[u8]| [b"\xc3\xa9".repeat(3000), end.to_vec()].concat();
+    let index = session.add_context(Context::Text(long(b"\xed\xa0\x80")), None).await.unwrap();
+    let check = format!("print(context_{index} == '\\xe9' * 3000 + '\\ud800')");
+    assert_eq!(print(&mut session, &check).await, "True\n");
+    for (bad, words) in [
+        (Context::Text(long(b"\xff")), "the context is not UTF-8 at byte 6000"),
+        (Context::Json(long(b"")), "the context is not JSON at byte 0"),
+    ] {
+        let error = session.add_context(bad, None).await.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        assert_eq!(print(&mut session, "print(len(context))").await, "8000\n");
+    }
+    // Nothing is left behind by many of them.
+    for _ in 0..200 {
+        let context = Context::Text(vec![b'x'; 4 << 20]);
+        session.add_context(context, Some(50)).await.unwrap();
+    }
+    let last = run(&mut session, "print(len(context_50))").await;
+    assert_eq!(last.stdout.text(), "4194304\n");
+    assert!(last.usage.memory_bytes < 128 << 20, "{}", last.usage.memory_bytes);
+}
+
+#[tokio::test]
+async fn the_fuel_of_a_text_is_always_the_same() {
+    let mut fuel = Vec::new();
+    for _ in 0..2 {
+        let options = EnvironmentOptions {
+            lm: Some(Arc::new(ScriptedHandler::echo())),
+            policy: kaa::Policy {
+                seed: Some(7),
+                clock: kaa::Clock::Fixed(1_800_000_000_000_000_000),
+                ..kaa::Policy::default()
+            },
+            ..EnvironmentOptions::default()
+        };
+        let mut session = open(options);
+        session.add_context(Context::Text(vec![b'x'; 1 << 20]), None).await.unwrap();
+        let cell = run(&mut session, "print(llm_query(context) == context)").await;
+        assert_eq!(cell.stdout.text(), "True\n");
+        fuel.push(cell.usage.fuel.unwrap());
+    }
+    assert_eq!(fuel[0], fuel[1]);
+    // Both ways are charged: about one unit for each byte.
+    assert!(fuel[0] > 2 << 20, "{}", fuel[0]);
+}
+
+#[tokio::test]
 async fn a_large_context_goes_in_and_one_too_large_is_refused() {
     let mut session = session();
     let text: Vec<u8> = b"0123456789abcde\n".iter().copied().cycle().take(100 << 20).collect();
@@ -271,13 +356,46 @@ async fn a_large_context_goes_in_and_one_too_large_is_refused() {
     );
     let mut small = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() });
     run(&mut small, "keep = 41").await;
-    // The buffer, the bytes object, the text: each step is the one that has no room once.
-    let wide = |megabytes: usize| "\u{1F40D}".repeat(megabytes << 18).into_bytes();
-    for context in [vec![b'1'; 200 << 20], vec![b'1'; 60 << 20], vec![b'1'; 45 << 20], wide(50)] {
+    // What isn't UTF-8 for Rust passes through a buffer and a bytes object; then the text, which takes
+    // four bytes for each of its characters: each step is the one that has no room once.
+    let with_surrogate = |megabytes: usize| [vec![b'1'; megabytes << 20], b"\xed\xa0\x80".to_vec()];
+    let wide = |megabytes: usize| ["1".repeat(megabytes << 20), "\u{1F40D}".to_owned()].concat();
+    let texts = [vec![b'1'; 200 << 20], vec![b'1'; 90 << 20], wide(30).into_bytes()];
+    let unusual = [60, 45, 30].map(|megabytes| with_surrogate(megabytes).concat());
+    for context in texts.into_iter().chain(unusual) {
         let error = small.add_context(Context::Text(context), None).await.unwrap_err();
         assert!(error.to_string().starts_with("context: it does not fit"), "{error}");
         assert_eq!(print(&mut small, "print(keep)").await, "41\n");
     }
+}
+
+#[tokio::test]
+async fn long_texts_and_bytes_go_to_the_host_and_back() {
+    let tool = Tool::new("echo", |call| Ok(call.args.into_iter().next().unwrap_or(Value::None)));
+    let mut session = open(EnvironmentOptions {
+        lm: Some(Arc::new(ScriptedHandler::echo())),
+        tools: vec![tool],
+        ..EnvironmentOptions::default()
+    });
+    let cell = "
+texts = ['x' * n for n in (1, 1023, 1025, 4096, 16383, 16384, 100_000)]
+texts += ['\\xe9' * 20_000, 'a\\u20ac' * 20_000, '\\U0001f40d' * 20_000]
+for text in texts:
+    assert echo(text) == text and llm_query(text) == text, len(text)
+    assert echo([text, text.encode(), {'k': text}]) == [text, text.encode(), {'k': text}], len(text)
+class Text(str): pass
+assert echo(Text('y' * 50_000)) == 'y' * 50_000
+assert echo(bytearray(50_000)) == bytes(50_000)
+assert echo(['z' * 20_000] * 100) == ['z' * 20_000] * 100
+assert echo('w' * 20_000 + '\\ud800') == 'w' * 20_000 + '\\ud800'
+assert llm_query_batched(texts) == texts
+del texts, text, Text
+print(llm_query('p' * 30_000) == 'p' * 30_000)";
+    let execution = run(&mut session, cell).await;
+    assert_eq!(execution.stdout.text(), "True\n", "{}", execution.stderr.text());
+    let last = execution.lm_calls.last().unwrap();
+    assert_eq!(last.prompt, kaa::lm::Prompt::Text("p".repeat(30_000)));
+    assert_eq!(last.completion.response, "p".repeat(30_000));
 }
 
 #[tokio::test]

@@ -201,7 +201,8 @@ async fn use_up(session: &mut WasmEnvironment) {
 /// Loads a file, goes on from it in every way, and says whether that was possible at all.
 async fn suffer(what: &str, file: &Path, options: EnvironmentOptions) -> Result<(), String> {
     let all = async {
-        let snapshot: Snapshot = runtime().load_snapshot(file).map_err(|e| e.to_string())?;
+        let snapshot: Snapshot =
+            runtime().load_snapshot(file, &Limits::default()).map_err(|e| e.to_string())?;
         let resumed = runtime().resume(&snapshot, options.clone());
         let mut live = open(options);
         live.execute("mine = 1; open('/tmp/mine', 'w').write('1')").await.unwrap();

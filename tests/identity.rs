@@ -232,7 +232,8 @@ async fn save(session: &mut WasmEnvironment) -> Result<Snapshot, TestCaseError> 
 }
 
 fn load(file: &Path) -> Result<WasmEnvironment, TestCaseError> {
-    let snapshot = runtime().load_snapshot(file).map_err(|error| fault(&error))?;
+    let snapshot =
+        runtime().load_snapshot(file, &Limits::default()).map_err(|error| fault(&error))?;
     // Seed and clock are the snapshot's.
     let options = EnvironmentOptions { limits: limits(), ..EnvironmentOptions::default() };
     runtime().resume(&snapshot, options).map_err(|error| fault(&error))
@@ -457,7 +458,8 @@ impl Walk {
             Step::Disk => {
                 let file = self.directory.path().join("snapshot");
                 self.session.snapshot().await?.save(&file)?;
-                self.session = runtime().resume(&runtime().load_snapshot(&file)?, patient())?;
+                self.session = runtime()
+                    .resume(&runtime().load_snapshot(&file, &Limits::default())?, patient())?;
             }
             Step::Hibernate => drop(self.session.hibernate().await?),
             Step::HardStop(name) => {

@@ -105,7 +105,7 @@ async fn everything_in_memory_survives() {
             assert_eq!(shown(&mut fork, show).await, expected, "{kind}: a fork");
             session.restore(&snapshot).await.unwrap();
             assert_eq!(shown(&mut session, show).await, expected, "{kind}: restored");
-            let loaded = runtime().load_snapshot(&file).unwrap();
+            let loaded = runtime().load_snapshot(&file, &Limits::default()).unwrap();
             let mut loaded = runtime().resume(&loaded, EnvironmentOptions::default()).unwrap();
             assert_eq!(shown(&mut loaded, show).await, expected, "{kind}: from a file");
             let mut other = open();
@@ -234,7 +234,7 @@ async fn a_large_state_is_saved_and_found_again() {
     assert_eq!(shown(&mut session, "big[9]").await, "9");
     session.restore(&snapshot).await.unwrap();
     assert_eq!(shown(&mut session, "digest()").await, expected);
-    let loaded = runtime().load_snapshot(&file).unwrap();
+    let loaded = runtime().load_snapshot(&file, &Limits::default()).unwrap();
     let mut loaded = runtime().resume(&loaded, EnvironmentOptions::default()).unwrap();
     assert_eq!(shown(&mut loaded, "digest()").await, expected);
     run(&mut loaded, "import os; noise = os.urandom(20_000_000); check = noise[-5:]").await;
@@ -273,10 +273,17 @@ async fn a_file_says_what_it_is_and_is_refused_when_it_is_not_that() {
         let mut bytes = good.clone();
         damage(&mut bytes);
         std::fs::write(&file, bytes).unwrap();
-        let error = runtime().load_snapshot(&file).unwrap_err();
+        let error = runtime().load_snapshot(&file, &Limits::default()).unwrap_err();
         assert!(matches!(error, Error::Incompatible { .. }), "{what}: {error:?}");
     }
-    assert!(matches!(runtime().load_snapshot("/nowhere"), Err(Error::Io { .. })));
+    assert!(matches!(
+        runtime().load_snapshot("/nowhere", &Limits::default()),
+        Err(Error::Io { .. })
+    ));
+    std::fs::write(&file, &good).unwrap();
+    let small = Limits { memory_bytes: 16 << 20, ..Limits::default() };
+    let error = runtime().load_snapshot(&file, &small).unwrap_err();
+    assert!(error.to_string().contains("`memory_bytes`"), "{error}");
     let sci = image("sci");
     let mut science = runtime().environment(&sci, EnvironmentOptions::default()).unwrap();
     let snapshot = session.snapshot().await.unwrap();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use kaa::{Environment, Snapshot};
+use kaa::{Environment, Limits, Snapshot};
 use tempfile::TempDir;
 
 use super::Failure;
@@ -86,7 +86,12 @@ impl Branches {
     }
 
     /// Goes back to before the last `cells` cells.
-    pub(super) async fn rewind(&mut self, base: &Base, cells: usize) -> Result<(), Failure> {
+    pub(super) async fn rewind(
+        &mut self,
+        base: &Base,
+        limits: &Limits,
+        cells: usize,
+    ) -> Result<(), Failure> {
         let branch = &mut self.branches[self.current];
         let Some(at) = branch.undo.len().checked_sub(cells).filter(|_| cells > 0) else {
             return Err(Failure::Usage(match branch.undo.len() {
@@ -97,7 +102,7 @@ impl Branches {
         };
         let snapshot = match &branch.undo[at] {
             Undo::Held(snapshot) => snapshot.clone(),
-            Undo::File(path) => base.runtime.load_snapshot(path)?,
+            Undo::File(path) => base.runtime.load_snapshot(path, limits)?,
             Undo::Refused(reason) => {
                 return Err(Failure::Usage(format!(
                     "the state before that cell could not be saved ({reason}); rewind further"

@@ -246,8 +246,8 @@ impl Repl {
                 self.console.line(&format!("session: {}", usage_text(&self.total)))?;
             }
             ":rewind" => {
-                let cells = number(Some(1))?;
-                self.reactor.block_on(self.branches.rewind(&self.base, cells))?;
+                let (cells, limits) = (number(Some(1))?, &self.plan.options.limits);
+                self.reactor.block_on(self.branches.rewind(&self.base, limits, cells))?;
             }
             ":fork" => {
                 let (from, _) = self.branches.place();

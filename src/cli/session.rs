@@ -84,7 +84,7 @@ pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
             other => other.into(),
         })?;
     drop(display);
-    let load = |path| runtime.load_snapshot(path).map_err(refused);
+    let load = |path| runtime.load_snapshot(path, &plan.options.limits).map_err(refused);
     let snapshot = plan.snapshot_in.as_ref().map(load).transpose()?;
     Ok(Base { runtime, image, snapshot })
 }

@@ -22,11 +22,13 @@ pub(crate) struct GlobalRecord {
     pub(crate) bits: u64,
 }
 
-/// Addresses of the agent's turn in the memory: a code object and its globals.
+/// Addresses of what the host uses of the agent: the code object of a turn, its globals, and the list
+/// that it leaves texts in (see `wasm/text.rs`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Entry {
     pub(crate) code: u32,
     pub(crate) names: u32,
+    pub(crate) mailbox: Option<u32>,
 }
 
 /// What an image is.

@@ -19,6 +19,7 @@ use super::pins::pins;
 use super::random::SeededRandom;
 use super::recipe::Recipe;
 use super::session::{Session, Start, Turn, TurnEnd};
+use super::text::{LAYOUT, SAMPLES, is_as_expected};
 use super::wasi::{self, Directories};
 use crate::agent::{BOOTSTRAP, Conversation, Streams, TURN, agent_sources};
 use crate::capture::Capture;
@@ -43,7 +44,7 @@ const BOOT_SEED: u64 = 0;
 const OUTPUT_BYTES: usize = 64 << 10;
 
 /// Bumped when what is done here changes what comes out of it.
-pub(crate) const BOOT_VERSION: u32 = 1;
+pub(crate) const BOOT_VERSION: u32 = 2;
 /// The count of references of an immortal object (`_Py_IMMORTAL_INITIAL_REFCNT` of CPython 3.14 and
 /// later where a pointer has 32 bits).
 const IMMORTAL: u32 = 5 << 28;
@@ -201,6 +202,7 @@ fn boot_guest(directories: &Directories<'_>, policy: &Policy, dot: u32) -> Resul
         fault: None,
         refused_bytes: None,
         running: false,
+        mailbox: None,
     })
 }
 
@@ -258,20 +260,27 @@ async fn boot(
     immortalize(&mut session).await?;
     // What the first leaves in disorder at its own end, the second finds; it comes the way on which
     // nothing is compiled.
-    let entry = freeze(&mut session, Turn::Source(TURN)).await?;
-    let entry = freeze(&mut session, Turn::Entry(entry)).await?;
+    let entry = freeze(&mut session, Turn::Source(TURN), false).await?;
+    let is_known = entry.mailbox.is_some();
+    let entry = freeze(&mut session, Turn::Entry(entry), is_known).await?;
     Ok(Booted { session, dot, entry })
 }
 
 /// The last thing that runs in the guest.
-async fn freeze(session: &mut Session, line: Turn) -> Result<Entry> {
-    let reply = turn(session, line, Some(Message::new(json!({ "op": "freeze" })))).await?;
-    let address = |name: &str| {
-        let address = reply.header.get(name).and_then(serde_json::Value::as_u64);
-        let address = address.and_then(|address| u32::try_from(address).ok());
-        address.ok_or_else(|| Error::protocol("the agent did not say where its turn is"))
-    };
-    Ok(Entry { code: address("code")?, names: address("names")? })
+async fn freeze(session: &mut Session, line: Turn, is_known: bool) -> Result<Entry> {
+    #[derive(serde::Deserialize)]
+    struct Addresses {
+        code: u32,
+        names: u32,
+        mailbox: u32,
+        samples: Vec<u32>,
+    }
+    let layout = is_known.then_some(LAYOUT);
+    let request = Message::new(json!({ "op": "freeze", "samples": SAMPLES, "layout": layout }));
+    let (found, _) = turn(session, line, Some(request)).await?.parse::<Addresses>()?;
+    let known = is_as_expected(session.memory_mut(), &found.samples);
+    let mailbox = known.then_some(found.mailbox);
+    Ok(Entry { code: found.code, names: found.names, mailbox })
 }
 
 /// Runs cells until the interpreter has fitted the code that they use to what they do. That code is

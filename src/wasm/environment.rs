@@ -483,6 +483,7 @@ impl Environment for WasmEnvironment {
             Context::Json(body) => ("json", body),
         };
         let mut request = Message::new(json!({ "op": "context", "index": index, "kind": kind }));
+        request.letter = kind != "bytes";
         request.body = body;
         let reply = self.service("context", request).await?;
         let index = reply.header.get("index").and_then(serde_json::Value::as_u64);

@@ -21,6 +21,7 @@ use super::clock::VirtualClock;
 use super::files::{Files, Scratch};
 use super::opening::Kept;
 use super::random::SeededRandom;
+use super::text::{self, Post};
 use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
@@ -140,6 +141,10 @@ pub(crate) struct Handles {
     pub(crate) run_source: TypedFunc<(i32, i32), i32>,
     /// `PyEval_EvalCode(code, globals, locals)`.
     pub(crate) eval_code: TypedFunc<(i32, i32, i32), i32>,
+    /// `PyUnicode_New(chars, largest)`.
+    pub(crate) new_text: TypedFunc<(i32, i32), i32>,
+    /// `PyList_SetItem(list, index, item)`.
+    pub(crate) set_item: TypedFunc<(i32, i32, i32), i32>,
     pub(crate) initialize: Option<TypedFunc<(), ()>>,
 }
 
@@ -224,6 +229,8 @@ pub(crate) struct Guest {
     pub(crate) refused_bytes: Option<usize>,
     /// Whether a turn began and hasn't ended: then the state is not to be trusted.
     pub(crate) running: bool,
+    /// Where in the memory the list is that texts are left in: see `text.rs`.
+    pub(crate) mailbox: Option<u32>,
 }
 
 impl Guest {
@@ -281,6 +288,7 @@ impl Guest {
             fault: None,
             refused_bytes: None,
             running: false,
+            mailbox: None,
         };
         Ok(())
     }
@@ -428,13 +436,19 @@ async fn call(
 ) -> wasmtime::Result<i32> {
     charge_call(&mut caller, len.into())?;
     let memory = caller.data().handles()?.memory;
-    let (bytes, guest) = memory.data_and_store_mut(&mut caller);
-    let Some(bytes) = guest_slice(bytes, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
+    let memory = memory.data(&caller);
+    let Some(bytes) = guest_slice(memory, ptr, len).filter(|bytes| bytes.len() <= CALL_BYTES_MAX)
     else {
         return Ok(CALL_FAULT);
     };
-    let answer = Message::from_bytes(bytes).and_then(|message| guest.conversation.answer(message));
-    let reply = match answer {
+    let message = Message::from_bytes(bytes).and_then(|message| text::collect(message, memory));
+    let message = match message {
+        Err(error) => return Err(caller.data_mut().fault(error)),
+        Ok(message) => message,
+    };
+    charge_call(&mut caller, message.body.len() as u64)?;
+    let guest = caller.data_mut();
+    let mut reply = match guest.conversation.answer(message) {
         Err(error) => return Err(guest.fault(error)),
         Ok(Answer::Now(reply)) => reply,
         Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {
@@ -443,12 +457,33 @@ async fn call(
             None => Message::new(serde_json::json!({ "error": "stopped" })),
         },
     };
-    let head = reply.head();
-    let len = head.len() + reply.body.len();
-    match put(&mut caller, &head, &reply.body).await? {
-        Some(address) => write_result(&mut caller, out_ptr, out_len, address, len),
+    let sent = send(&mut caller, &mut reply).await;
+    caller.data_mut().conversation.take_back(reply);
+    match sent? {
+        Some((address, len)) => write_result(&mut caller, out_ptr, out_len, address, len),
         None => Ok(CALL_FAULT),
     }
+}
+
+/// Sends a message, as a letter if that's possible; where the frame is, and its length. `None` when
+/// the guest has no memory for it.
+async fn send(
+    caller: &mut Caller<'_, Guest>,
+    message: &mut Message,
+) -> wasmtime::Result<Option<(u32, usize)>> {
+    let is_posted = match text::post(caller, message).await? {
+        Post::Done => true,
+        Post::Unsuitable => false,
+        Post::Refused => return Ok(None),
+    };
+    let (head, body) = match is_posted {
+        // The agent knows a letter without a header by its empty frame.
+        true if message.header.is_empty() => (Vec::new(), [].as_slice()),
+        true => (message.head(), [].as_slice()),
+        false => (message.head(), message.body.as_slice()),
+    };
+    let len = head.len() + body.len();
+    Ok(put(caller, &head, body).await?.map(|address| (address, len)))
 }
 
 /// Copies a message into a buffer that the guest allocates; `None` when it has no memory for it.

@@ -14,6 +14,7 @@ use super::instrument::{GLOBAL_EXPORT_PREFIX, Options, instrument};
 use super::memory::WASM_PAGE;
 use super::pins::pins;
 use super::session::{EVAL_FUNCTION, INTERRUPT_FUNCTION};
+use super::text;
 use crate::error::{Error, Result};
 use crate::image::{
     FORMAT, FileRecord, GlobalRecord, Progress, ProgressFn, Store, check_files, key, read_manifest,
@@ -21,7 +22,7 @@ use crate::image::{
 };
 
 /// Bumped when the rewriting of the module changes what comes out of it.
-const REWRITE_VERSION: u32 = 4;
+const REWRITE_VERSION: u32 = 5;
 const MANIFEST: &str = "module.json";
 const ARTIFACT: &str = "python.cwasm";
 const MEMORY: &str = "memory.bin";
@@ -139,7 +140,9 @@ pub(crate) fn build(
 
     let started = Instant::now();
     progress(Progress::Begin { step: "instrument", bytes: None });
-    let export_functions = [INTERRUPT_FUNCTION, EVAL_FUNCTION].map(str::to_owned).to_vec();
+    let export_functions =
+        [INTERRUPT_FUNCTION, EVAL_FUNCTION, text::NEW_FUNCTION, text::SET_ITEM_FUNCTION];
+    let export_functions = export_functions.map(str::to_owned).to_vec();
     let options = Options { meter: metering == Metering::Kaa, export_functions };
     let rewritten = instrument(&wasm, &options).map_err(|e| Error::Internal(e.to_string()))?;
     drop(wasm);

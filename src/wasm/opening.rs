@@ -210,21 +210,7 @@ fn guest(
             (wasi::context(&directories, &policy, clock.as_ref(), random.as_ref())?, scratch)
         }
     };
-    let mut seed = [0; 16];
-    match options.policy.seed {
-        Some(value) => seed[..8].copy_from_slice(&value.to_le_bytes()),
-        None => rand::rng().fill(&mut seed),
-    }
-    let conversation = match origin {
-        Origin::Image => Conversation::new(options, seed)?,
-        Origin::Template(saved) => Conversation::resume(options, &saved.record, Some(seed))?,
-        Origin::Saved(saved) => {
-            // A seed of its own that it's given now starts everything random anew.
-            let other = options.policy.seed.is_some() && options.policy.seed != saved.record.seed;
-            let seed = (other || saved.record.told.is_none()).then_some(seed);
-            Conversation::resume(options, &saved.record, seed)?
-        }
-    };
+    let conversation = conversation(options, origin)?;
     Ok(Guest {
         wasi,
         files: Files::new(scratch.path(), limits.disk_bytes, &names, manifest.dot),
@@ -242,5 +228,25 @@ fn guest(
         fault: None,
         refused_bytes: None,
         running: false,
+        mailbox: manifest.entry.mailbox,
     })
+}
+
+/// The host's side of the conversation with the guest's agent, and what the agent has to be told.
+fn conversation(options: &EnvironmentOptions, origin: Origin<'_>) -> Result<Conversation> {
+    let mut seed = [0; 16];
+    match options.policy.seed {
+        Some(value) => seed[..8].copy_from_slice(&value.to_le_bytes()),
+        None => rand::rng().fill(&mut seed),
+    }
+    match origin {
+        Origin::Image => Conversation::new(options, seed),
+        Origin::Template(saved) => Conversation::resume(options, &saved.record, Some(seed)),
+        Origin::Saved(saved) => {
+            // A seed of its own that it's given now starts everything random anew.
+            let other = options.policy.seed.is_some() && options.policy.seed != saved.record.seed;
+            let seed = (other || saved.record.told.is_none()).then_some(seed);
+            Conversation::resume(options, &saved.record, seed)
+        }
+    }
 }

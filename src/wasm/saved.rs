@@ -5,7 +5,8 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use super::memory::{RESERVATION, Run};
+use super::files::FILE_BYTES;
+use super::memory::Run;
 use super::session::{RUN_BYTES, Session, Start};
 use super::state::{PAGE, State};
 use super::{Image, files};
@@ -19,8 +20,6 @@ use crate::snapshot::{
 
 /// The name of this backend.
 pub(crate) const BACKEND: &str = "wasm";
-/// Files that a snapshot may hold: as many as the largest scratch that anyone asks for.
-const FILES_MAX: u64 = 1 << 20;
 /// Pages of one piece that is handed to the writer.
 const PIECE_PAGES: usize = 256;
 
@@ -131,11 +130,15 @@ impl Saved {
     /// [`Error::Incompatible`] when it's damaged, too large, or its image isn't here.
     pub(crate) fn load(
         path: &Path,
+        limits: &Limits,
         find: impl FnOnce(&SnapshotHeader) -> Result<Image>,
     ) -> Result<Self> {
         let file = open_snapshot(path)?;
-        let bounds =
-            Bounds { memory_bytes: RESERVATION as u64, file_bytes: u64::MAX, files: FILES_MAX };
+        let bounds = Bounds {
+            memory_bytes: limits.memory_bytes,
+            file_bytes: limits.disk_bytes,
+            files: limits.disk_bytes / FILE_BYTES,
+        };
         let mut image = None;
         let mut loading = Loading::default();
         let accept = |header: &SnapshotHeader| {

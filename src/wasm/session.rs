@@ -16,6 +16,7 @@ use super::instrument::{FLOOR_EXPORT, FUEL_EXPORT, FUNCTION_EXPORT_PREFIX};
 use super::memory::{MemoryImage, Run, Slot, with_slot};
 use super::opening::Kept;
 use super::state::State;
+use super::text;
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
 use crate::limits::{Limits, Usage};
@@ -423,7 +424,7 @@ async fn run(
         floor.set(&mut *store, Val::I64(lowest))?;
     }
     match turn {
-        Turn::Entry(Entry { code, names }) => {
+        Turn::Entry(Entry { code, names, .. }) => {
             let (code, names) = (code as i32, names as i32);
             let result = handles.eval_code.call_async(store, (code, names, names)).await?;
             // The agent catches everything and returns `None`, which is never freed.
@@ -469,17 +470,18 @@ fn exports(
         let global = instance.get_global(&mut *store, &record.export);
         mutable.push(global.ok_or_else(|| missing(&record.export))?);
     }
-    let interrupt = format!("{FUNCTION_EXPORT_PREFIX}{INTERRUPT_FUNCTION}");
-    let eval_code = format!("{FUNCTION_EXPORT_PREFIX}{EVAL_FUNCTION}");
+    let function = |name: &str| format!("{FUNCTION_EXPORT_PREFIX}{name}");
     Ok(Handles {
         memory,
         globals: mutable.into(),
         fuel,
         floor,
         host_alloc: instance.get_typed_func(&mut *store, "host_alloc")?,
-        interrupt: instance.get_typed_func(&mut *store, &interrupt)?,
+        interrupt: instance.get_typed_func(&mut *store, &function(INTERRUPT_FUNCTION))?,
         run_source: instance.get_typed_func(&mut *store, "turn")?,
-        eval_code: instance.get_typed_func(&mut *store, &eval_code)?,
+        eval_code: instance.get_typed_func(&mut *store, &function(EVAL_FUNCTION))?,
+        new_text: instance.get_typed_func(&mut *store, &function(text::NEW_FUNCTION))?,
+        set_item: instance.get_typed_func(&mut *store, &function(text::SET_ITEM_FUNCTION))?,
         initialize: instance.get_typed_func(&mut *store, "_initialize").ok(),
     })
 }

@@ -32,6 +32,8 @@ const HOSTCALL_BYTES_MAX: usize = 128 << 20;
 const IOVECS_MAX: u32 = 1024;
 /// What is remembered of the name of an open file, for messages.
 const OPEN_NAME_BYTES: usize = 256;
+/// Fuel of a random byte of a session with a seed, which is the thirty-second part of a hash.
+const SEEDED_BYTE_FUEL: u64 = 64;
 /// `oflags.creat` of `path_open`.
 const OFLAGS_CREAT: i32 = 1;
 
@@ -176,7 +178,8 @@ fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
         MODULE,
         "random_get",
         |mut caller: Caller<'_, Guest>, buf: i32, len: i32| -> Result<i32> {
-            charge_call(&mut caller, u64::from(len as u32))?;
+            let each = if caller.data().random.is_some() { SEEDED_BYTE_FUEL } else { 1 };
+            charge_call(&mut caller, u64::from(len as u32) * each)?;
             let (mut memory, guest) = parts(&mut caller)?;
             preview1::random_get(&mut guest.wasi, &mut memory, buf, len)
         },

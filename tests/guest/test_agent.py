@@ -437,7 +437,7 @@ class Session(unittest.TestCase):
             self.assertEqual(self.guest.cell("print(ready)")["outcome"], "completed")
         self.assertEqual(self.guest.request({"op": "survey"}), {"op": "done"})
         reply = self.guest.request({"op": "freeze"})
-        self.assertEqual(sorted(reply), ["code", "names", "op"])
+        self.assertEqual(sorted(reply), ["code", "mailbox", "names", "op", "samples"])
         self.assertEqual(self.guest.cell("ready")["value"], "1")
 
     def test_bad_requests(self):

@@ -249,7 +249,7 @@ fn differing(memory: &[u8], state: &State) -> Vec<Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use crate::environment::{Environment, EnvironmentExt, EnvironmentOptions};
+    use crate::environment::{Environment, EnvironmentExt, EnvironmentOptions, Outcome};
     use crate::image::Store;
     use crate::wasm::{DirtyPages, Runtime, dirty_pages_method};
 
@@ -291,7 +291,9 @@ mod tests {
                     assert!(session.execute(code).await.unwrap().rolled_back);
                 }
             }
-            let last = session.execute(SHOW).await.unwrap().value.unwrap();
+            let shown = session.execute(SHOW).await.unwrap();
+            assert_eq!(shown.outcome, Outcome::Completed, "{}", shown.stderr.text());
+            let last = shown.value.unwrap();
             for (snapshot, digest) in snapshots.iter().rev() {
                 session.restore(snapshot).await.unwrap();
                 assert_eq!(session.execute(SHOW).await.unwrap().value.as_ref(), Some(digest));
