@@ -43,7 +43,9 @@ impl Session {
         Written(pages.unwrap_or_else(|_| {
             let store = self.store.as_ref().expect("a session has a store between its methods");
             let handles = store.data().handles.as_ref().expect("an instance has handles");
-            differing(handles.memory.data(store), &self.checkpoint)
+            let checkpoint = &self.checkpoint;
+            // Not with what is mapped: a page may have gone back to that since the checkpoint.
+            differing(handles.memory.data(store), |number| checkpoint.page(number))
         }))
     }
 
@@ -194,7 +196,7 @@ impl Session {
         self.laid = state.runs().to_vec();
         let written = match self.slot.private_pages(self.start.dirty_pages, false) {
             Ok(written) => written,
-            Err(_) => differing(memory, state),
+            Err(_) => differing(memory, |number| state.below(number)),
         };
         for number in written.into_iter().flat_map(|range| range.start / PAGE..range.end / PAGE) {
             if number * PAGE < state.bytes && state.single(number).is_none() {
@@ -231,12 +233,12 @@ fn set_page(memory: &mut [u8], number: usize, page: &[u8]) {
     }
 }
 
-/// The pages of `memory` that aren't what image and runs of `state` show, in ranges: the way to find
-/// what was written where the system doesn't tell.
-fn differing(memory: &[u8], state: &State) -> Vec<Range<usize>> {
+/// The pages of `memory` that aren't as `expected`, in ranges: the way to find what was written where
+/// the system doesn't tell.
+fn differing<'page>(memory: &[u8], expected: impl Fn(usize) -> &'page [u8]) -> Vec<Range<usize>> {
     let mut found: Vec<Range<usize>> = Vec::new();
     for (number, page) in memory.chunks_exact(PAGE).enumerate() {
-        if page != state.below(number) {
+        if page != expected(number) {
             let at = number * PAGE;
             match found.last_mut() {
                 Some(last) if last.end == at => last.end += PAGE,
