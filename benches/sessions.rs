@@ -74,11 +74,15 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Waits without letting the processor sleep, which would add its wake-up to the next figure.
+/// Lets the background work of this thread run, and waits without letting the processor sleep, which
+/// would add its wake-up to the next figure, or the task move to another one.
 async fn pause() {
     let since = Instant::now();
-    while since.elapsed() < PAUSE {
+    for _ in 0..3 {
         tokio::task::yield_now().await;
+    }
+    while since.elapsed() < PAUSE {
+        std::hint::spin_loop();
     }
 }
 

@@ -9,8 +9,8 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -42,8 +42,12 @@ pub(crate) struct Scratches {
     directory: TempDir,
     _lock: File,
     next: AtomicU64,
+    /// Empty directories that nobody has yet: making one takes longer than a cell.
+    ready: Mutex<Vec<PathBuf>>,
 }
 
+/// Directories that are made ahead.
+const READY: usize = 8;
 /// Directories that are younger are left alone: they may not be locked yet.
 const LEFTOVER_AGE_MIN: Duration = Duration::from_secs(60);
 
@@ -60,7 +64,8 @@ impl Scratches {
             let directory = tempfile::Builder::new().tempdir_in(parent)?;
             let lock = File::open(directory.path())?;
             lock.lock()?;
-            Ok(Self { directory, _lock: lock, next: AtomicU64::new(0) })
+            let ready = Mutex::default();
+            Ok(Self { directory, _lock: lock, next: AtomicU64::new(0), ready })
         };
         make().map(Arc::new).map_err(|e| {
             Error::io(format!("making a scratch directory in {}", parent.display()), e)
@@ -70,6 +75,30 @@ impl Scratches {
     /// A path in it that nobody has.
     pub(crate) fn path(&self) -> PathBuf {
         self.directory.path().join(self.next.fetch_add(1, Ordering::Relaxed).to_string())
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Vec<PathBuf>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make(&self) -> Result<PathBuf> {
+        let path = self.path();
+        let made = DirBuilder::new().mode(0o700).create(&path);
+        made.map_err(|e| Error::io(format!("making the scratch directory {}", path.display()), e))?;
+        Ok(path)
+    }
+
+    /// Makes directories ahead, in the background where there is one.
+    fn prepare(self: &Arc<Self>) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let scratches = Arc::clone(self);
+        runtime.spawn_blocking(move || {
+            while scratches.ready().len() < READY {
+                // Whoever needs one next meets the error again.
+                let Ok(path) = scratches.make() else { return };
+                scratches.ready().push(path);
+            }
+        });
     }
 }
 
@@ -88,9 +117,14 @@ impl Scratch {
     ///
     /// [`Error::Io`] when it can't be made.
     pub(crate) fn new(parent: &Arc<Scratches>) -> Result<Self> {
-        let path = parent.path();
-        let made = DirBuilder::new().mode(0o700).create(&path);
-        made.map_err(|e| Error::io(format!("making the scratch directory {}", path.display()), e))?;
+        let (ready, left) = {
+            let mut ready = parent.ready();
+            (ready.pop(), ready.len())
+        };
+        if left < READY / 2 {
+            parent.prepare();
+        }
+        let path = ready.map_or_else(|| parent.make(), Ok)?;
         Ok(Self { path, _parent: Arc::clone(parent) })
     }
 
