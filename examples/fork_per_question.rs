@@ -1,8 +1,8 @@
-// A template with a large context, and a session of it per question:
-// `cargo run --release --example fork_per_question`.
-//
-// The context is read, parsed and indexed once. Each child starts with all of that and shares its
-// memory, whatever its size; what one child does no other sees.
+//! A template with a large context, and a session of it per question:
+//! `cargo run --release --example fork_per_question`.
+//!
+//! The context is read, parsed and indexed once. Each child starts with all of that and shares its
+//! memory, whatever its size; what one child does no other sees.
 
 use std::time::Instant;
 
@@ -51,4 +51,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let lines = template.execute("lines").await?.value;
     assert_eq!(lines.as_deref(), Some("400000"), "no child touches its template");
     Ok(())
+}
+
+#[test]
+fn runs() {
+    main().unwrap();
 }

@@ -1,7 +1,7 @@
-// Host functions that cells call: `cargo run --release --example host_tools`.
-//
-// One answers at once, one waits without holding a thread, and what goes wrong in one is an exception
-// in the cell.
+//! Host functions that cells call: `cargo run --release --example host_tools`.
+//!
+//! One answers at once, one waits without holding a thread, and what goes wrong in one is an exception
+//! in the cell.
 
 use std::time::Duration;
 
@@ -47,4 +47,9 @@ for item in ('apples', 'pears'):
     println!("{} calls, {:.0?} waited", cell.usage.tool_calls, cell.usage.host_wait);
     assert_eq!(cell.stdout.text(), "apples 12 ordered 8\npears failed: 'no pears here'\n");
     Ok(())
+}
+
+#[test]
+fn runs() {
+    main().unwrap();
 }

@@ -1,7 +1,7 @@
-// Tenants that share a process: `cargo run --release --example many_tenants`.
-//
-// One tenant spins in as many sessions as it may have. Another goes on working; afterwards the report
-// says who took what.
+//! Tenants that share a process: `cargo run --release --example many_tenants`.
+//!
+//! One tenant spins in as many sessions as it may have. Another goes on working; afterwards the report
+//! says who took what.
 
 use std::time::{Duration, Instant};
 
@@ -58,4 +58,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     assert_eq!(greedy.usage().sessions, 0);
     Ok(())
+}
+
+#[test]
+fn runs() {
+    main().unwrap();
 }

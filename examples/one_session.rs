@@ -1,4 +1,4 @@
-// One session: `cargo run --release --example one_session`.
+//! One session: `cargo run --release --example one_session`.
 
 use kaa::{EnvironmentExt, EnvironmentOptions, Runtime, Store};
 
@@ -13,4 +13,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:?}: {}", cell.outcome, cell.stdout.text().trim());
     assert_eq!(cell.stdout.text(), "285\n");
     Ok(())
+}
+
+#[test]
+fn runs() {
+    main().unwrap();
 }

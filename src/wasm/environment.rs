@@ -272,7 +272,7 @@ impl WasmEnvironment {
             let session = asleep.read(&image).and_then(|saved| {
                 opening::open(&shared, &image, &options, Origin::Saved(&saved), &ties)
             });
-            session.map_err(|error| (error, asleep))
+            session.map_err(|error| (error, Box::new(asleep)))
         };
         match tokio::task::spawn_blocking(wake).await {
             Ok(Ok(session)) => {
@@ -281,7 +281,7 @@ impl WasmEnvironment {
                 Ok(())
             }
             Ok(Err((error, asleep))) => {
-                self.phase = Phase::Asleep(asleep);
+                self.phase = Phase::Asleep(*asleep);
                 Err(error)
             }
             Err(e) => Err(Error::Internal(format!("waking a session: {e}"))),

@@ -68,7 +68,10 @@ impl State {
 
     /// What is at a page, wherever it lies.
     pub(crate) fn page(&self, number: usize) -> &[u8] {
-        self.single(number).map_or_else(|| self.below(number), |page| page)
+        match self.single(number) {
+            Some(page) => page,
+            None => self.below(number),
+        }
     }
 
     /// What is at a page but for the single pages: what a mapping of image and runs shows there.

@@ -61,7 +61,7 @@ impl Width {
         }
         match utf8.iter().fold(0, |largest, byte| *byte.max(&largest)) {
             ..0xc4 => Self::Latin1,
-            ..0xf0 => Self::Two,
+            0xc4..0xf0 => Self::Two,
             _ => Self::Four,
         }
     }

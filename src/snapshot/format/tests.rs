@@ -1,1 +1,1 @@
-//!
+//! Round trips, golden files, and what the header and the bounds refuse.
