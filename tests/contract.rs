@@ -479,3 +479,23 @@ async fn options_out_of_range_are_refused_by_name() {
     let options = kaa::ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
     assert!(matches!(session.execute_opts("1", options).await, Err(Error::Invalid { .. })));
 }
+
+#[test]
+fn a_session_may_move_to_another_executor() {
+    let executor = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let first = executor();
+    let mut session = first.block_on(async {
+        let mut session = session();
+        // More than is saved in passing, so that a task of the executor is due.
+        run(
+            &mut session,
+            "x = bytearray(b'x' * 20_000_000); parts = [bytes(3000) for _ in range(2000)]",
+        )
+        .await;
+        session
+    });
+    drop(first);
+    let text =
+        executor().block_on(async { print(&mut session, "print(len(x), len(parts))").await });
+    assert_eq!(text, "20000000 2000\n");
+}

@@ -2,7 +2,9 @@
 
 mod common;
 
+use std::future::Future;
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use common::store_root;
@@ -143,5 +145,28 @@ async fn a_policy_that_makes_no_sense_is_refused() {
     ] {
         let error = Pool::new(runtime(), policy).unwrap_err();
         assert!(matches!(&error, Error::Invalid { what, .. } if what == field), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_is_given_up_while_a_session_wakes_costs_nothing() {
+    let mut session = runtime().environment(&image(), EnvironmentOptions::default()).unwrap();
+    session.execute("x = 7").await.unwrap();
+    for polls in 0..20 {
+        session.hibernate().await.unwrap();
+        {
+            let mut call = std::pin::pin!(session.execute("x += 1"));
+            for _ in 0..polls {
+                let polled =
+                    std::future::poll_fn(|context| Poll::Ready(call.as_mut().poll(context)));
+                if polled.await.is_ready() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        let x = session.execute("x").await.unwrap().value;
+        assert!(matches!(x.as_deref(), Some("7" | "8")), "{x:?} after {polls} polls");
+        session.execute("x = 7").await.unwrap();
     }
 }

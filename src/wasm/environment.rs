@@ -53,7 +53,7 @@ enum Phase {
     /// A checkpoint is to be taken in the background, or is being taken.
     Saving(Arc<Parking>),
     /// Hibernated.
-    Asleep(Asleep),
+    Asleep(Arc<Asleep>),
     Lost(String),
 }
 
@@ -212,7 +212,7 @@ impl WasmEnvironment {
         let asleep = tokio::task::spawn_blocking(write).await;
         let asleep = asleep.map_err(|e| Error::Internal(format!("hibernating: {e}")))??;
         let bytes = asleep.bytes();
-        release(std::mem::replace(&mut self.phase, Phase::Asleep(asleep)));
+        release(std::mem::replace(&mut self.phase, Phase::Asleep(Arc::new(asleep))));
         self.ties.seat.set_memory(0);
         Ok(bytes)
     }
@@ -261,31 +261,20 @@ impl WasmEnvironment {
     }
 
     async fn wake(&mut self) -> Result<()> {
-        let Phase::Asleep(_) = self.phase else { return Ok(()) };
-        let lost = Phase::Lost("a hibernated session was being woken".into());
-        let Phase::Asleep(asleep) = std::mem::replace(&mut self.phase, lost) else {
-            return Ok(());
-        };
+        let Phase::Asleep(asleep) = &self.phase else { return Ok(()) };
+        // A future that is dropped meanwhile leaves the session asleep.
+        let asleep = Arc::clone(asleep);
         let (shared, image) = (Arc::clone(&self.shared), self.image.base());
         let (options, ties) = (self.options.clone(), self.ties.clone());
         let wake = move || {
-            let session = asleep.read(&image).and_then(|saved| {
-                opening::open(&shared, &image, &options, Origin::Saved(&saved), &ties)
-            });
-            session.map_err(|error| (error, Box::new(asleep)))
+            let saved = asleep.read(&image)?;
+            opening::open(&shared, &image, &options, Origin::Saved(&saved), &ties)
         };
-        match tokio::task::spawn_blocking(wake).await {
-            Ok(Ok(session)) => {
-                self.new_tools.clear();
-                self.phase = Phase::Ready(Box::new(session));
-                Ok(())
-            }
-            Ok(Err((error, asleep))) => {
-                self.phase = Phase::Asleep(*asleep);
-                Err(error)
-            }
-            Err(e) => Err(Error::Internal(format!("waking a session: {e}"))),
-        }
+        let session = tokio::task::spawn_blocking(wake).await;
+        let session = session.map_err(|e| Error::Internal(format!("waking a session: {e}")))??;
+        self.new_tools.clear();
+        self.phase = Phase::Ready(Box::new(session));
+        Ok(())
     }
 
     /// One turn that isn't a cell.

@@ -35,14 +35,20 @@ impl Parking {
     pub(crate) fn new(session: Box<Session>) -> Arc<Self> {
         let parking =
             Arc::new(Self { place: Mutex::new(Place::Due(session)), done: Notify::new() });
-        let task = Arc::clone(&parking);
+        parking.start();
+        parking
+    }
+
+    fn start(self: &Arc<Self>) {
+        let parking = Arc::clone(self);
         // On the thread of the cell: its caches know what it wrote, and no other has to wake up.
         tokio::spawn(async move {
-            if let Some(session) = task.take_due() {
-                task.put(save(session).await);
+            if let Some(session) = parking.take_due() {
+                let work = Work(parking);
+                let result = save(session).await;
+                work.0.put(result);
             }
         });
-        parking
     }
 
     fn place(&self) -> MutexGuard<'_, Place> {
@@ -80,7 +86,7 @@ impl Parking {
     /// # Errors
     ///
     /// When the checkpoint failed; the session is lost then.
-    pub(crate) async fn finish(&self) -> Result<Box<Session>> {
+    pub(crate) async fn finish(self: &Arc<Self>) -> Result<Box<Session>> {
         loop {
             let wait = {
                 let mut place = self.place();
@@ -91,8 +97,11 @@ impl Parking {
                             drop(place);
                             return session.save(written).map(|()| session);
                         }
-                        // Left to the task: whoever waits here may be dropped meanwhile.
+                        // Left to a task: whoever waits here may be dropped meanwhile. Another one,
+                        // since the first may have been lost with its executor.
                         *place = Place::Due(session);
+                        drop(place);
+                        self.start();
                         true
                     }
                     Place::Busy => {
@@ -115,6 +124,18 @@ impl Parking {
         let taken = std::mem::replace(&mut *self.place(), Place::Empty);
         if let Place::Due(session) | Place::Done(Ok(session)) = taken {
             session.give_back();
+        }
+    }
+}
+
+/// The task at work. One that is dropped with its executor leaves no session behind, and says so.
+struct Work(Arc<Parking>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        let is_busy = matches!(*self.0.place(), Place::Busy);
+        if is_busy {
+            self.0.put(Err(Error::Internal("the executor was shut down".into())));
         }
     }
 }
