@@ -387,7 +387,7 @@ impl Runtime {
                 expected: "one of an image in the store".into(),
                 found: format!("one of `{}` ({error})", name.escape_debug()),
             })?;
-            check_image(image.manifest(), header)?;
+            check_image(image.manifest(), &header.image, &header.module)?;
             Ok(image)
         })?;
         Ok(Snapshot::new(saved))

@@ -116,7 +116,8 @@ impl Saved {
     ///
     /// [`Error::Incompatible`] when they can't.
     pub(crate) fn check_image(&self, image: &Image) -> Result<()> {
-        check_image(image.manifest(), &self.header(0))
+        let manifest = self.image.manifest();
+        check_image(image.manifest(), &reference(manifest), &manifest.module)
     }
 
     fn header(&self, pages: u64) -> SnapshotHeader {
@@ -196,11 +197,7 @@ pub(crate) fn header(
     SnapshotHeader {
         kaa: env!("CARGO_PKG_VERSION").to_owned(),
         python: image.python.clone(),
-        image: SnapshotImage {
-            name: image.name.clone(),
-            key: image.key.clone(),
-            memory_sha256: image.memory_sha256().to_owned(),
-        },
+        image: reference(image),
         module: image.module.clone(),
         memory_bytes: state.bytes as u64,
         globals: Start::records(&image.globals, &state.globals),
@@ -208,6 +205,14 @@ pub(crate) fn header(
         pages,
         files: files.len() as u64,
         file_bytes: files.iter().map(bytes).sum(),
+    }
+}
+
+fn reference(image: &ImageManifest) -> SnapshotImage {
+    SnapshotImage {
+        name: image.name.clone(),
+        key: image.key.clone(),
+        memory_sha256: image.memory_sha256().to_owned(),
     }
 }
 
@@ -305,10 +310,13 @@ impl Loading {
 /// # Errors
 ///
 /// [`Error::Incompatible`] when it isn't.
-pub(crate) fn check_image(image: &ImageManifest, header: &SnapshotHeader) -> Result<()> {
-    let SnapshotImage { name, key, memory_sha256 } = &header.image;
-    if image.key == *key && image.memory_sha256() == memory_sha256 && image.module == header.module
-    {
+pub(crate) fn check_image(
+    image: &ImageManifest,
+    wanted: &SnapshotImage,
+    module: &str,
+) -> Result<()> {
+    let SnapshotImage { name, key, memory_sha256 } = wanted;
+    if image.key == *key && image.memory_sha256() == memory_sha256 && image.module == module {
         return Ok(());
     }
     Err(Error::Incompatible {
@@ -319,7 +327,7 @@ pub(crate) fn check_image(image: &ImageManifest, header: &SnapshotHeader) -> Res
 }
 
 /// The beginning of a digest, whatever a file says it is.
-pub(crate) fn short(digest: &str) -> String {
+fn short(digest: &str) -> String {
     digest.chars().take(12).filter(char::is_ascii_hexdigit).collect()
 }
 
