@@ -290,7 +290,7 @@ fn contexts_arrive_exactly() {
     let big = line.repeat(10_000_000 / line.len() + 1);
     let hash: String = Sha256::digest(&big).iter().map(|byte| format!("{byte:02x}")).collect();
     fs::write(here.path().join("big.txt"), &big).unwrap();
-    fs::write(here.path().join("wide.txt"), "\u{1f40d}".repeat(3_000_000)).unwrap();
+    fs::write(here.path().join("wide.txt"), "\u{1f40d}".repeat(6_000_000)).unwrap();
     fs::write(here.path().join("bad.txt"), b"ab\xff").unwrap();
     fs::write(here.path().join("data.json"), r#"{"rows": [1, 2.5, null, "x"]}"#).unwrap();
     fs::write(here.path().join("bad.json"), "{").unwrap();
