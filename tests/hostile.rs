@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use common::{open, print, run, runtime};
 use kaa::{
-    Clock, Environment, EnvironmentExt, EnvironmentOptions, Limits, Policy, Snapshot, Value,
-    WasmEnvironment,
+    Clock, Environment, EnvironmentExt, EnvironmentOptions, Limits, MEMORY_BYTES_MAX, Policy,
+    Snapshot, Value, WasmEnvironment,
 };
 use lz4_flex::block::decompress;
 use serde_json::{Value as Json, json};
@@ -201,8 +201,10 @@ async fn use_up(session: &mut WasmEnvironment) {
 /// Loads a file, goes on from it in every way, and says whether that was possible at all.
 async fn suffer(what: &str, file: &Path, options: EnvironmentOptions) -> Result<(), String> {
     let all = async {
+        // As much as there can be: the limits of the sessions below have to hold by themselves.
+        let limits = Limits { memory_bytes: MEMORY_BYTES_MAX, ..Limits::default() };
         let snapshot: Snapshot =
-            runtime().load_snapshot(file, &Limits::default()).map_err(|e| e.to_string())?;
+            runtime().load_snapshot(file, &limits).map_err(|e| e.to_string())?;
         let resumed = runtime().resume(&snapshot, options.clone());
         let mut live = open(options);
         live.execute("mine = 1; open('/tmp/mine', 'w').write('1')").await.unwrap();
