@@ -97,6 +97,9 @@ pub(crate) fn open(
     saved.check(&options.limits)?;
     let mut session = Session::in_state(start, make, saved.condensed()?)?;
     write_scratch(session.guest_mut(), saved)?;
+    if let Origin::Template(_) = origin {
+        session.expect_siblings();
+    }
     Ok(session)
 }
 

@@ -46,6 +46,9 @@ const IDLE_MAX: usize = 32;
 struct Idle {
     slot: Arc<Slot>,
     store: Option<Store<Guest>>,
+    /// Size of the memory; what is beyond the image is zeros. More than the image only for children of
+    /// a template that is larger: a memory can't shrink.
+    bytes: usize,
 }
 
 impl Start {
@@ -70,16 +73,32 @@ impl Start {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A slot to use again. Preparing one that has just been given back takes a tenth of what a new
-    /// one costs.
-    fn take_idle(&self) -> Option<Idle> {
-        let idle = self.idle().pop();
-        if idle.is_some() {
-            return idle;
+    /// A slot to use again for a memory of this size. Preparing one that has just been given back takes
+    /// a tenth of what a new one costs.
+    fn take_idle(&self, bytes: usize) -> Option<Idle> {
+        let find = || {
+            let mut idle = self.idle();
+            let of_size = |bytes: usize| idle.iter().rposition(|idle| idle.bytes == bytes);
+            // A smaller memory grows, a larger one is of no use.
+            let at = of_size(bytes).or_else(|| of_size(self.memory.bytes()))?;
+            Some(idle.remove(at))
+        };
+        find().or_else(|| {
+            let ended = self.ended().pop()?;
+            ended.recycle();
+            find()
+        })
+    }
+
+    /// Keeps a slot for another session. When there are enough, one of another size has to go: there
+    /// may be no session of that size any more.
+    fn keep_idle(&self, new: Idle) {
+        let mut idle = self.idle();
+        if idle.len() >= IDLE_MAX {
+            let Some(at) = idle.iter().position(|old| old.bytes != new.bytes) else { return };
+            idle.remove(at);
         }
-        let ended = self.ended().pop()?;
-        ended.recycle();
-        self.idle().pop()
+        idle.push(new);
     }
 
     /// Recorded globals as values, if they are those of the image.
@@ -154,6 +173,9 @@ pub(crate) struct Session {
     /// What is mapped over the slot's image.
     laid: Vec<Run>,
     checkpoint: State,
+    /// Size of a memory larger than the image's with which the instance is of use to others: that of
+    /// the template that the session is a child of. 0 for none.
+    useful_bytes: usize,
     /// Whether pages of the slot can be protected.
     watched: bool,
 }
@@ -171,21 +193,38 @@ impl Session {
         start: Arc<Start>,
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
     ) -> Result<Self> {
+        let bytes = start.memory.bytes();
+        Self::of_size(start, make, bytes)
+    }
+
+    /// A new guest in the state of its image, with an instance whose memory has this size if there is
+    /// one.
+    fn of_size(
+        start: Arc<Start>,
+        make: impl FnOnce(Option<Kept>) -> Result<Guest>,
+        bytes: usize,
+    ) -> Result<Self> {
         let checkpoint = start.state()?;
-        let idle = start.take_idle();
-        let (slot, mut store) = match idle {
-            Some(Idle { slot, store }) => (slot, store),
-            None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None),
+        let (slot, mut store, bytes) = match start.take_idle(bytes) {
+            Some(Idle { slot, store, bytes }) => (slot, store, bytes),
+            None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None, 0),
         };
         let guest = make(store.as_mut().and_then(|store| store.data_mut().take_kept()))?;
-        let mut session =
-            Self { start, slot, store: None, laid: Vec::new(), checkpoint, watched: false };
+        let mut session = Self {
+            start,
+            slot,
+            store: None,
+            laid: Vec::new(),
+            checkpoint,
+            useful_bytes: 0,
+            watched: false,
+        };
         match store {
             Some(mut store) => {
                 let before = std::mem::replace(store.data_mut(), guest);
                 let guest = store.data_mut();
                 guest.handles = before.handles;
-                guest.memory_limit.memory_bytes = session.checkpoint.bytes;
+                guest.memory_limit.memory_bytes = bytes;
                 session.store = Some(store);
             }
             None => session.instantiate(guest)?,
@@ -203,9 +242,14 @@ impl Session {
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
         state: &State,
     ) -> Result<Self> {
-        let mut session = Self::new(start, make)?;
+        let mut session = Self::of_size(start, make, state.bytes)?;
         session.restore(state)?;
         Ok(session)
+    }
+
+    /// Notes that others will begin with a memory of the same size.
+    pub(crate) fn expect_siblings(&mut self) {
+        self.useful_bytes = self.memory_bytes();
     }
 
     /// Ends the session. Its slot is made ready for another in the background.
@@ -234,12 +278,13 @@ impl Session {
     /// a table isn't used again, and the engine's heap of exceptions can't be read by the guest.
     pub(crate) fn recycle(mut self) {
         let is_own = Arc::ptr_eq(self.slot.image(), &self.start.memory);
-        if !is_own || !self.start.reusable || self.start.idle().len() >= IDLE_MAX {
+        if !is_own || !self.start.reusable {
             return;
         }
         let Ok(image) = self.start.state() else { return };
-        let unfit = self.guest().running || self.memory_bytes() != image.bytes;
-        if self.bring(&image).is_err() {
+        let (bytes, grown) = (self.memory_bytes(), self.memory_bytes() != image.bytes);
+        let unfit = self.guest().running || (grown && bytes != self.useful_bytes);
+        if self.bring(&image).is_err() || (grown && self.clear(image.bytes..bytes).is_err()) {
             return;
         }
         let store = self.store.take().filter(|_| !unfit);
@@ -253,8 +298,8 @@ impl Session {
                 _ => return,
             },
         };
-        let idle = Idle { slot: Arc::clone(&self.slot), store };
-        self.start.idle().push(idle);
+        let bytes = if store.is_some() { bytes } else { image.bytes };
+        self.start.keep_idle(Idle { slot: Arc::clone(&self.slot), store, bytes });
     }
 
     /// The state of the last checkpoint.

@@ -209,6 +209,13 @@ impl Session {
         set_globals(store, &handles, &state.globals)
     }
 
+    /// Makes the memory beyond the image zeros, whatever was there.
+    pub(super) fn clear(&mut self, range: Range<usize>) -> Result<()> {
+        let store = self.store.as_mut().expect("a session has a store between its methods");
+        let memory = store.data().handles.as_ref().expect("an instance has handles").memory;
+        self.slot.uncover(memory.data_mut(store), range)
+    }
+
     /// A new instance in `state`.
     fn rebuild(&mut self, state: &State) -> Result<()> {
         let store = self.store.take();

@@ -199,3 +199,51 @@ async fn nothing_of_a_tenant_is_left_for_the_next_one() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_child_of_a_template_leaves_zeros_beyond_the_image() {
+    let root = std::env::var_os("KAA_CACHE").map_or_else(
+        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
+        Into::into,
+    );
+    let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
+    let image = runtime.image("base", &|_| {}).unwrap();
+    let start = Arc::clone(&image.0.start);
+    let mut template = runtime.environment(&image, EnvironmentOptions::default()).unwrap();
+    cell(
+        &mut template,
+        "room = bytearray(b'x' * 20_000_000); small = [b'y' * 3000 for _ in range(5000)]",
+    )
+    .await;
+    let snapshot = template.snapshot().await.unwrap();
+    let child_image = runtime.template(&snapshot).unwrap();
+    for round in 0..3 {
+        let mut child = runtime.environment(&child_image, EnvironmentOptions::default()).unwrap();
+        assert_eq!(
+            child.execute("room[5], len(room), small[77][5]").await.unwrap().value.unwrap(),
+            "(120, 20000000, 121)"
+        );
+        let hide = "for n in range(0, 20_000_000, 4096): room[n:n + 14] = b'hunter2hunter2'\nsmall[:] = [b'hunter2' * 400 for _ in small]";
+        cell(&mut child, hide).await;
+        drop(child);
+        settle(&start).await;
+        let (largest, size) = {
+            let idle = start.idle();
+            let largest = idle.iter().max_by_key(|idle| idle.bytes).expect("one is idle");
+            (
+                largest.store.as_ref().map(|store| {
+                    let memory = store.data().handles.as_ref().expect("handles").memory;
+                    memory.data(store).to_vec()
+                }),
+                largest.bytes,
+            )
+        };
+        let memory = largest.expect("its instance is used again");
+        assert!(size == memory.len() && size > start.memory.bytes(), "round {round}: {size}");
+        let (inside, beyond) = memory.split_at(start.memory.bytes());
+        assert!(inside == start.memory.contents(), "round {round}");
+        assert!(beyond.iter().all(|byte| *byte == 0), "round {round}: {:?}", find(&memory));
+    }
+    let mut plain = runtime.environment(&image, EnvironmentOptions::default()).unwrap();
+    assert_eq!(plain.execute("'room' in globals()").await.unwrap().value.unwrap(), "False");
+}
