@@ -83,13 +83,13 @@ async fn lm_calls_are_those_of_all_sessions() {
 #[tokio::test]
 async fn cells_beyond_the_quota_wait_in_a_queue_that_ends() {
     let quotas =
-        Quotas { cells: 1, queue: 1, queue_wait: Duration::from_millis(300), ..Quotas::default() };
+        Quotas { cells: 1, queue: 1, queue_wait: Duration::from_millis(1500), ..Quotas::default() };
     let tenant = tenant("cells", quotas);
     let sessions: Vec<_> = (0..3).map(|_| open(&tenant).unwrap()).collect();
     let mut cells = Vec::new();
     for mut session in sessions {
         cells.push(tokio::spawn(async move {
-            let result = session.execute("import time; time.sleep(1)").await;
+            let result = session.execute("import time; time.sleep(4)").await;
             (result, session)
         }));
         tokio::time::sleep(Duration::from_millis(50)).await;
