@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn the_fuel_of_a_hard_stop_does_not_depend_on_the_slices() {
-        for (short, cut) in [(false, 0), (true, 0), (false, 1_000_000), (true, 123)] {
+        for (short, cut) in [(false, 0), (true, 0), (false, 1_000_000), (true, 12_345)] {
             let mut budget = budget(2 * SLICE_FUEL as u64);
             loop {
                 budget.use_short_slices(short);
