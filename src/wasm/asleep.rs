@@ -3,13 +3,11 @@
 use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use super::Image;
 use super::memory::{RESERVATION, Run};
 use super::opening::Shared;
-use super::saved::{Loading, Saved, header, write};
-use super::state::State;
+use super::saved::{Loading, Saved};
 use crate::error::{Error, Result};
 use crate::image::create_private;
 use crate::snapshot::format::{self, Bounds};
@@ -33,13 +31,9 @@ impl Asleep {
         let context = || format!("writing a hibernated session to {}", path.display());
         let file = create_private(&path).map_err(|e| Error::io(context(), e))?;
         let mut asleep = Self { path: path.clone(), bytes: 0, shared };
-        let start = &saved.image.0.start;
-        let mut base = State::of(Arc::clone(&start.memory), Vec::new());
+        let mut base = saved.base();
         asleep.shared.iter().for_each(|run| base.lay(run.clone()));
-        let pages = saved.state.differences(&base).count() as u64;
-        let manifest = saved.image.manifest();
-        let header = header(manifest, &saved.state, saved.record.clone(), pages, &saved.files);
-        let file = write(BufWriter::new(file), &header, &saved.state, &base, &saved.files)?;
+        let file = saved.write(BufWriter::new(file), &base)?;
         let file = file.into_inner().map_err(|e| Error::io(context(), e.into_error()))?;
         asleep.bytes = file.metadata().map_err(|e| Error::io(context(), e))?.len();
         Ok(asleep)

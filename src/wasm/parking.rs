@@ -88,7 +88,7 @@ impl Parking {
     /// When the checkpoint failed; the session is lost then.
     pub(crate) async fn finish(self: &Arc<Self>) -> Result<Box<Session>> {
         loop {
-            let wait = {
+            {
                 let mut place = self.place();
                 match std::mem::replace(&mut *place, Place::Empty) {
                     Place::Due(mut session) => {
@@ -102,18 +102,13 @@ impl Parking {
                         *place = Place::Due(session);
                         drop(place);
                         self.start();
-                        true
                     }
-                    Place::Busy => {
-                        *place = Place::Busy;
-                        true
-                    }
+                    Place::Busy => *place = Place::Busy,
                     Place::Done(result) => return result,
-                    Place::Empty => false,
+                    Place::Empty => {
+                        return Err(Error::Internal("a parked session was taken twice".into()));
+                    }
                 }
-            };
-            if !wait {
-                return Err(Error::Internal("a parked session was taken twice".into()));
             }
             self.done.notified().await;
         }

@@ -88,14 +88,9 @@ impl Saved {
     ///
     /// [`Error::Invalid`] naming the limit.
     pub(crate) fn check(&self, limits: &Limits) -> Result<()> {
-        let bytes = |file: &SavedFile| match file {
-            SavedFile::File { bytes, .. } => bytes.len() as u64,
-            _ => 0,
-        };
-        let disk = self.files.iter().map(bytes).sum();
         for (limit, most, found) in [
             ("limits.memory_bytes", limits.memory_bytes, self.state.bytes as u64),
-            ("limits.disk_bytes", limits.disk_bytes, disk),
+            ("limits.disk_bytes", limits.disk_bytes, self.file_bytes()),
         ] {
             if found > most {
                 let reason = format!("the snapshot has {found} bytes, {most} are allowed");
@@ -120,8 +115,61 @@ impl Saved {
         check_image(image.manifest(), &reference(manifest), &manifest.module)
     }
 
+    fn file_bytes(&self) -> u64 {
+        let bytes = |file: &SavedFile| match file {
+            SavedFile::File { bytes, .. } => bytes.len() as u64,
+            _ => 0,
+        };
+        self.files.iter().map(bytes).sum()
+    }
+
+    /// The image's state, of which a file need not say anything.
+    pub(crate) fn base(&self) -> State {
+        State::of(Arc::clone(&self.image.0.start.memory), Vec::new())
+    }
+
     fn header(&self, pages: u64) -> SnapshotHeader {
-        header(self.image.manifest(), &self.state, self.record.clone(), pages, &self.files)
+        let manifest = self.image.manifest();
+        SnapshotHeader {
+            kaa: env!("CARGO_PKG_VERSION").to_owned(),
+            python: manifest.python.clone(),
+            image: reference(manifest),
+            module: manifest.module.clone(),
+            memory_bytes: self.state.bytes as u64,
+            globals: Start::records(&manifest.globals, &self.state.globals),
+            session: self.record.clone(),
+            pages,
+            files: self.files.len() as u64,
+            file_bytes: self.file_bytes(),
+        }
+    }
+
+    /// Writes what the state has and `base` hasn't, and the files.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] when it can't be written, [`Error::Invalid`] naming a file that the format can't
+    /// hold.
+    pub(crate) fn write<W: Write>(&self, out: W, base: &State) -> Result<W> {
+        let pages = self.state.differences(base).count() as u64;
+        let mut writer = Writer::new(out, &self.header(pages))?;
+        let (mut first, mut piece) = (0, Vec::with_capacity(PIECE_PAGES * PAGE));
+        for (number, page) in self.state.differences(base) {
+            let full = piece.len() == PIECE_PAGES * PAGE;
+            if full || number != first + piece.len() / PAGE {
+                if !piece.is_empty() {
+                    writer.pages(first as u32, &piece)?;
+                }
+                piece.clear();
+                first = number;
+            }
+            piece.extend_from_slice(page);
+        }
+        if !piece.is_empty() {
+            writer.pages(first as u32, &piece)?;
+        }
+        self.files.iter().try_for_each(|file| writer.file(file))?;
+        writer.finish()
     }
 
     /// Reads a snapshot file of a session of `image`, which `find` gives for its header.
@@ -166,45 +214,11 @@ impl SnapshotData for Saved {
         };
         // Beside its place, private, and renamed when all of it is on the disk.
         let draft = tempfile::NamedTempFile::new_in(parent).map_err(|e| Error::io(context(), e))?;
-        let base = State::of(Arc::clone(&self.image.0.start.memory), Vec::new());
-        let pages = self.state.differences(&base).count() as u64;
-        write(
-            BufWriter::new(draft.as_file()),
-            &self.header(pages),
-            &self.state,
-            &base,
-            &self.files,
-        )?;
+        self.write(BufWriter::new(draft.as_file()), &self.base())?;
         draft.as_file().sync_all().map_err(|e| Error::io(context(), e))?;
         let bytes = draft.as_file().metadata().map_err(|e| Error::io(context(), e))?.len();
         draft.persist(path).map_err(|e| Error::io(context(), e.error))?;
         Ok(bytes)
-    }
-}
-
-/// What a snapshot of this state says about itself.
-pub(crate) fn header(
-    image: &ImageManifest,
-    state: &State,
-    session: SessionRecord,
-    pages: u64,
-    files: &[SavedFile],
-) -> SnapshotHeader {
-    let bytes = |file: &SavedFile| match file {
-        SavedFile::File { bytes, .. } => bytes.len() as u64,
-        _ => 0,
-    };
-    SnapshotHeader {
-        kaa: env!("CARGO_PKG_VERSION").to_owned(),
-        python: image.python.clone(),
-        image: reference(image),
-        module: image.module.clone(),
-        memory_bytes: state.bytes as u64,
-        globals: Start::records(&image.globals, &state.globals),
-        session,
-        pages,
-        files: files.len() as u64,
-        file_bytes: files.iter().map(bytes).sum(),
     }
 }
 
@@ -214,34 +228,6 @@ fn reference(image: &ImageManifest) -> SnapshotImage {
         key: image.key.clone(),
         memory_sha256: image.memory_sha256().to_owned(),
     }
-}
-
-/// Writes what `state` has and `base` hasn't, and the files.
-pub(crate) fn write<W: Write>(
-    out: W,
-    header: &SnapshotHeader,
-    state: &State,
-    base: &State,
-    files: &[SavedFile],
-) -> Result<W> {
-    let mut writer = Writer::new(out, header)?;
-    let (mut first, mut piece) = (0, Vec::with_capacity(PIECE_PAGES * PAGE));
-    for (number, page) in state.differences(base) {
-        let full = piece.len() == PIECE_PAGES * PAGE;
-        if full || number != first + piece.len() / PAGE {
-            if !piece.is_empty() {
-                writer.pages(first as u32, &piece)?;
-            }
-            piece.clear();
-            first = number;
-        }
-        piece.extend_from_slice(page);
-    }
-    if !piece.is_empty() {
-        writer.pages(first as u32, &piece)?;
-    }
-    files.iter().try_for_each(|file| writer.file(file))?;
-    writer.finish()
 }
 
 /// What has been read of a snapshot.

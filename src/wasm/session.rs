@@ -282,9 +282,11 @@ impl Session {
             return;
         }
         let Ok(image) = self.start.state() else { return };
-        let (bytes, grown) = (self.memory_bytes(), self.memory_bytes() != image.bytes);
+        let bytes = self.memory_bytes();
+        let grown = bytes != image.bytes;
         let unfit = self.guest().running || (grown && bytes != self.useful_bytes);
-        if self.bring(&image).is_err() || (grown && self.clear(image.bytes..bytes).is_err()) {
+        let stays_grown = grown && !unfit;
+        if self.bring(&image).is_err() || (stays_grown && self.clear(image.bytes..bytes).is_err()) {
             return;
         }
         let store = self.store.take().filter(|_| !unfit);
