@@ -49,8 +49,8 @@ pub trait SnapshotData: Any + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when the file can't be written, [`Error::Unsupported`] when the backend has no
-    /// file format.
+    /// [`Error::Io`] when the file can't be written, [`Error::Invalid`] when there is something at the
+    /// path that isn't a file, [`Error::Unsupported`] when the backend has no file format.
     fn save(&self, path: &Path) -> Result<u64>;
 }
 
@@ -74,8 +74,8 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] when the file can't be written, [`Error::Unsupported`] when the backend has no
-    /// file format.
+    /// [`Error::Io`] when the file can't be written, [`Error::Invalid`] when there is something at the
+    /// path that isn't a file, [`Error::Unsupported`] when the backend has no file format.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<u64> {
         self.0.save(path.as_ref())
     }

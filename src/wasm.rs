@@ -52,7 +52,7 @@ use self::recipe::Recipe;
 use self::saved::{BACKEND, Saved, check_image};
 use self::session::Start;
 use crate::error::{Error, Result};
-use crate::image::{ImageManifest, ProgressFn, Store};
+use crate::image::{GlobalRecord, ImageManifest, ProgressFn, Store};
 use crate::limits::Limits;
 use crate::snapshot::Snapshot;
 use crate::tenant::{Quotas, Tenant, TenantUsage};
@@ -445,20 +445,27 @@ impl Runtime {
                 let manifest = &guests.compiled.manifest;
                 let memory = guests.compiled.memory()?;
                 let memory = Arc::new(MemoryImage::new(memory, manifest.memory_bytes as usize)?);
-                let globals = manifest.globals.clone();
-                let (engine, pre) = (self.engine.clone(), guests.pre.clone());
-                let start = Start::new(
-                    engine,
-                    pre,
-                    memory,
-                    globals,
-                    guests.compiled.manifest.fixed_tables,
-                    self.dirty_pages,
-                );
-                Parent { start: Arc::new(start), manifest: None }
+                Parent { start: self.start(guests, memory, &manifest.globals), manifest: None }
             }
         };
         boot::build(self.store(), &guests.compiled, &parent, recipe, progress)
+    }
+
+    /// What sessions of a memory start from.
+    fn start(
+        &self,
+        guests: &Guests,
+        memory: Arc<MemoryImage>,
+        globals: &[GlobalRecord],
+    ) -> Arc<Start> {
+        Arc::new(Start::new(
+            self.engine.clone(),
+            guests.pre.clone(),
+            memory,
+            globals.to_vec(),
+            guests.compiled.manifest.fixed_tables,
+            self.dirty_pages,
+        ))
     }
 
     fn load(&self, manifest: ImageManifest, guests: Arc<Guests>) -> Result<Image> {
@@ -473,18 +480,8 @@ impl Runtime {
             });
         }
         let memory = boot::open_memory(&self.store().image(&manifest.key), manifest.memory_bytes)?;
-        let globals = manifest.globals.clone();
-        let (engine, pre) = (self.engine.clone(), guests.pre.clone());
-        let start = Start::new(
-            engine,
-            pre,
-            memory,
-            globals,
-            guests.compiled.manifest.fixed_tables,
-            self.dirty_pages,
-        );
+        let start = self.start(&guests, memory, &manifest.globals);
         let key = manifest.key.clone();
-        let start = Arc::new(start);
         let image = Image(Arc::new(ImageInner { manifest, start, guests, template: None }));
         self.loaded().images.insert(key, image.clone());
         Ok(image)

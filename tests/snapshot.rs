@@ -253,6 +253,8 @@ async fn a_file_says_what_it_is_and_is_refused_when_it_is_not_that() {
     run(&mut session, "x = 1").await;
     let bytes = session.snapshot().await.unwrap().save(&file).unwrap();
     assert_eq!(bytes, std::fs::metadata(&file).unwrap().len());
+    let error = session.snapshot().await.unwrap().save("/dev/null").unwrap_err();
+    assert!(error.to_string().contains("isn't a file"), "{error}");
     let header = inspect_snapshot(&file).unwrap();
     assert_eq!((header.image.name.as_str(), header.session.cells), ("base", 1));
     let good = std::fs::read(&file).unwrap();

@@ -208,6 +208,11 @@ impl SnapshotData for Saved {
 
     fn save(&self, path: &Path) -> Result<u64> {
         let context = || format!("writing the snapshot {}", path.display());
+        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            // A rename would put a file in the place of a device.
+            let reason = "there is something that isn't a file; name another path";
+            return Err(Error::invalid(format!("the snapshot {}", path.display()), reason));
+        }
         let parent = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
