@@ -23,7 +23,7 @@ use crate::environment::{
 };
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
-use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest};
+use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmRequest};
 use crate::protocol::{CellReport, Message, ToolCallMessage, VariableReport, decode_within};
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
@@ -76,6 +76,8 @@ pub(crate) struct Conversation {
     lm: Option<Arc<dyn LmHandler>>,
     /// What the tenant may ask of it.
     quota: Option<LmQuota>,
+    /// What the session's calls cost so far.
+    ledger: Ledger,
     depth: i32,
     tools: BTreeMap<String, Tool>,
     limits: Limits,
@@ -134,6 +136,7 @@ impl Conversation {
             },
             lm: options.lm.clone(),
             quota: None,
+            ledger: Ledger::default(),
             depth: i32::from(options.depth) + 1,
             tools: BTreeMap::new(),
             limits: options.limits.clone(),
@@ -254,9 +257,11 @@ impl Conversation {
         message
     }
 
-    /// Sets what the tenant may ask of language models, from the next call on.
-    pub(crate) fn set_quota(&mut self, quota: LmQuota) {
+    /// Sets what the tenant may ask of language models, and where what they cost is written, from
+    /// the next call on.
+    pub(crate) fn set_books(&mut self, quota: LmQuota, ledger: Ledger) {
         self.quota = Some(quota);
+        self.ledger = ledger;
     }
 
     /// Notes why the guest is being stopped; the agent asks when it gets the signal.

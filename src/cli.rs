@@ -5,11 +5,12 @@
 //! its public API, as any other user.
 
 mod branches;
-mod complete;
+mod completion;
 mod console;
 mod doctor;
 mod flags;
 mod image;
+mod models;
 mod progress;
 mod record;
 mod repl;

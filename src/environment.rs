@@ -6,10 +6,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use serde_json::Value as Json;
 
 use crate::error::Result;
 use crate::limits::{Limit, Limits, Usage};
-use crate::lm::{LmCompletion, Prompt};
+use crate::lm::{LmCompletion, Prompt, UsageSummary};
 use crate::snapshot::Snapshot;
 use crate::value::Value;
 
@@ -86,6 +87,19 @@ pub trait Environment: Send {
     /// offset, or doesn't fit into the session's memory.
     async fn add_context(&mut self, context: Context, index: Option<u32>) -> Result<u32>;
 
+    /// Adds the messages of a conversation, a list of objects as chat models take them: `history_0`,
+    /// `history_1`, …; the first is also `history`. Returns its number. `index: None` takes the next
+    /// one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) when it doesn't fit into the session's memory.
+    async fn add_history(&mut self, messages: &Json, index: Option<u32>) -> Result<u32>;
+
+    /// What the session's calls of language models cost so far, by model; also those of cells that
+    /// were rolled back.
+    fn lm_usage(&self) -> UsageSummary;
+
     /// Makes a host function callable from cells, replacing one of the same name.
     ///
     /// # Errors
@@ -145,6 +159,36 @@ pub trait EnvironmentExt: Environment {
 }
 
 impl<E: Environment + ?Sized> EnvironmentExt for E {}
+
+/// Where sessions come from: an image of a [`Runtime`](crate::Runtime), for one.
+#[async_trait]
+pub trait Backend: Send + Sync {
+    /// What its sessions can do.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Opens a session.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for options out of range,
+    /// [`Error::Quota`](crate::Error::Quota) when the tenant has all its sessions, and whatever kept
+    /// the backend from doing its job.
+    async fn open(&self, options: EnvironmentOptions) -> Result<Box<dyn Environment>>;
+
+    /// The same backend with sessions that begin with these contexts, which they share, if it has a
+    /// cheaper way to that than adding them to each. The default has none.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open) and [`Environment::add_context`].
+    async fn with_contexts(
+        &self,
+        _contexts: &[(u32, Context)],
+        _limits: &Limits,
+    ) -> Result<Option<Arc<dyn Backend>>> {
+        Ok(None)
+    }
+}
 
 /// How one cell is run.
 #[derive(Debug, Clone, Default)]

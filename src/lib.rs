@@ -76,5 +76,5 @@ pub use tenant::{Quotas, Refusals, Tenant, TenantUsage};
 pub use value::Value;
 pub use wasm::{
     Image, ImageSpec, Metering, Pool, PoolPolicy, PoolStatus, PooledEnvironment, Runtime,
-    WasmEnvironment,
+    WasmBackend, WasmEnvironment,
 };

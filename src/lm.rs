@@ -6,6 +6,7 @@
 
 mod script;
 mod socket;
+mod usage;
 
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use serde_json::Value as Json;
 
 pub use self::script::ScriptedHandler;
 pub use self::socket::SocketHandler;
+pub(crate) use self::usage::Ledger;
+pub use self::usage::{ModelUsage, UsageSummary};
 
 /// What the guest asked.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,21 +62,6 @@ pub struct LmRequest {
     pub depth: i32,
 }
 
-/// Calls and tokens of one model.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct ModelUsage {
-    /// The model's name.
-    pub model: String,
-    /// Calls.
-    pub calls: u64,
-    /// Tokens sent.
-    pub input_tokens: u64,
-    /// Tokens received.
-    pub output_tokens: u64,
-    /// Cost, where the handler knows a price.
-    pub cost: Option<f64>,
-}
-
 /// A model's answer.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct LmCompletion {
@@ -85,6 +73,10 @@ pub struct LmCompletion {
     pub usage: Vec<ModelUsage>,
     /// How long the handler took.
     pub execution_time: Duration,
+    /// What a child RLM did, as RLM logs it.
+    pub metadata: Option<Json>,
+    /// Whether sessions of their own took part: they have booked their calls with their tenants.
+    pub nested: bool,
 }
 
 /// Why a call got no answer. The guest sees `Error: {message}` (RLM's convention: LM errors are
@@ -110,7 +102,7 @@ impl LmError {
 #[async_trait]
 pub trait LmHandler: Send + Sync {
     /// Answers one request.
-    async fn complete(&self, request: LmRequest) -> Result<LmCompletion, LmError>;
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError>;
 
     /// Answers a batch: as many results as requests, in their order; one failure fills only its
     /// own slot. At most `concurrency` requests are under way at once.
@@ -119,17 +111,16 @@ pub trait LmHandler: Send + Sync {
     /// batch: `llm() call failed - {message}`.
     async fn complete_batch(
         &self,
-        requests: Vec<LmRequest>,
+        requests: &[LmRequest],
         concurrency: usize,
     ) -> Vec<Result<LmCompletion, LmError>> {
-        stream::iter(requests)
-            .map(|request| async move {
-                self.complete(request)
-                    .await
-                    .map_err(|e| LmError::new(format!("llm() call failed - {e}")))
-            })
-            .buffered(concurrency.max(1))
-            .collect()
-            .await
+        let calls = requests.iter().map(|one| async { self.complete(one).await.map_err(in_batch) });
+        let calls: Vec<_> = calls.collect();
+        stream::iter(calls).buffered(concurrency.max(1)).collect().await
     }
+}
+
+/// The wording of a failure in a batch.
+fn in_batch(error: LmError) -> LmError {
+    LmError::new(format!("llm() call failed - {error}"))
 }

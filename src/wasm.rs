@@ -6,6 +6,7 @@
 //! checkpoint to go back to.
 
 mod asleep;
+mod backend;
 mod boot;
 mod budget;
 mod clock;
@@ -38,6 +39,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wasmtime::{Engine, InstancePre, Linker};
 
+pub use self::backend::WasmBackend;
 use self::boot::Parent;
 pub use self::dirty::{DirtyPages, dirty_pages_method};
 pub use self::engine::Metering;

@@ -210,7 +210,7 @@ struct Slow {
 
 #[async_trait::async_trait]
 impl LmHandler for Slow {
-    async fn complete(&self, request: LmRequest) -> Result<LmCompletion, LmError> {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -95,13 +95,19 @@ fn completion(model: &str, response: &str, execution_time: Duration) -> LmComple
         output_tokens: 3,
         cost: None,
     }];
-    LmCompletion { model: model.into(), response: response.into(), usage, execution_time }
+    LmCompletion {
+        model: model.into(),
+        response: response.into(),
+        usage,
+        execution_time,
+        ..LmCompletion::default()
+    }
 }
 
 /// The error that one call gets from a server with these steps.
 async fn error_of(steps: Vec<Step>) -> String {
     let (handler, server) = serve(steps).await;
-    let error = handler.complete(request("hi")).await.unwrap_err();
+    let error = handler.complete(&request("hi")).await.unwrap_err();
     server.await.unwrap();
     error.message
 }
@@ -110,7 +116,7 @@ async fn error_of(steps: Vec<Step>) -> String {
 async fn batch_errors_of(steps: Vec<Step>) -> Vec<String> {
     let (handler, server) = serve(steps).await;
     let requests = ["a", "b", "c"].map(request).to_vec();
-    let answers = handler.complete_batch(requests, 16).await;
+    let answers = handler.complete_batch(&requests, 16).await;
     server.await.unwrap();
     answers.into_iter().map(|answer| answer.unwrap_err().message).collect()
 }
@@ -134,7 +140,7 @@ async fn a_request_is_one_frame_with_pythons_bytes() {
         ),
     ] {
         let (handler, server) = serve(reply(GOOD)).await;
-        handler.complete(request).await.unwrap();
+        handler.complete(&request).await.unwrap();
         let received = server.await.unwrap();
         assert_eq!(received[..4], [0, 0, 0, length], "{expected}");
         assert_eq!(String::from_utf8_lossy(&received[4..]), expected);
@@ -145,7 +151,7 @@ async fn a_request_is_one_frame_with_pythons_bytes() {
 async fn a_batch_is_one_request() {
     let with_model = |prompt| LmRequest { model: Some("m".into()), ..request(prompt) };
     let (handler, server) = serve(reply(GOOD_BATCH)).await;
-    let answers = handler.complete_batch(vec![with_model("a"), with_model("b")], 1).await;
+    let answers = handler.complete_batch(&[with_model("a"), with_model("b")], 1).await;
     let received = server.await.unwrap();
     assert_eq!(received[..4], [0, 0, 0, 0x31]);
     let payload = String::from_utf8_lossy(&received[4..]);
@@ -157,7 +163,7 @@ async fn a_batch_is_one_request() {
     assert_eq!(answers, expected);
 
     // Nobody listens there any more: an empty batch does not even connect.
-    assert!(handler.complete_batch(Vec::new(), 1).await.is_empty());
+    assert!(handler.complete_batch(&[], 1).await.is_empty());
 }
 
 #[tokio::test]
@@ -178,7 +184,7 @@ async fn reply_goldens_are_understood() {
         (error("x").replace("\"x\"", "null"), Err(NO_COMPLETION)),
     ] {
         let (handler, server) = serve(reply(&payload)).await;
-        let answer = handler.complete(request("hi")).await;
+        let answer = handler.complete(&request("hi")).await;
         assert_eq!(answer, expected.map_err(LmError::new), "{payload}");
         server.await.unwrap();
     }
@@ -198,13 +204,13 @@ async fn a_reply_may_come_in_any_pieces() {
     };
     for cuts in [&[][..], &[1, 2, 3, 4], &[2, 100], &[4, 5, 150, 151]] {
         let (handler, server) = serve(pieces(cuts)).await;
-        let answer = handler.complete(request("hi")).await.unwrap();
+        let answer = handler.complete(&request("hi")).await.unwrap();
         assert_eq!(answer.response, "\u{e9}:hi", "{cuts:?}");
         server.await.unwrap();
     }
     // What follows the first frame is not read.
     let (handler, server) = serve(vec![Step::Write([&bytes[..], &frame("junk")].concat())]).await;
-    assert_eq!(handler.complete(request("hi")).await.unwrap().model, "mock");
+    assert_eq!(handler.complete(&request("hi")).await.unwrap().model, "mock");
     server.await.unwrap();
 }
 
@@ -280,7 +286,7 @@ async fn one_failed_slot_leaves_the_others() {
         {"response": "four", "error": ""}]}"#;
     let (handler, server) = serve(reply(payload)).await;
     let requests = ["1", "2", "3", "4"].map(request).to_vec();
-    let answers = handler.complete_batch(requests, 16).await;
+    let answers = handler.complete_batch(&requests, 16).await;
     server.await.unwrap();
     let answers: Vec<_> = answers
         .iter()
@@ -314,7 +320,7 @@ async fn odd_but_valid_replies_keep_the_answer() {
         ),
     ] {
         let (handler, server) = serve(reply(&good(fields))).await;
-        let answer = handler.complete(request("hi")).await.unwrap();
+        let answer = handler.complete(&request("hi")).await.unwrap();
         let expected = (response, usages, Duration::ZERO);
         assert_eq!((&*answer.response, answer.usage, answer.execution_time), expected, "{fields}");
         server.await.unwrap();
@@ -335,7 +341,7 @@ async fn a_hanging_server_costs_only_the_timeout() {
         let (handler, server) = serve(steps).await;
         let handler = handler.with_timeout(Duration::from_millis(50));
         let start = Instant::now();
-        let error = handler.complete(request("hi")).await.unwrap_err();
+        let error = handler.complete(&request("hi")).await.unwrap_err();
         assert_eq!(error.message, "Request failed: timed out after 50ms");
         assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
         // It ends only when the client has closed the connection.
@@ -346,7 +352,8 @@ async fn a_hanging_server_costs_only_the_timeout() {
 #[tokio::test]
 async fn a_dropped_call_closes_its_connection() {
     let (handler, server) = serve(vec![Step::Hang]).await;
-    let call = handler.complete(request("hi"));
+    let request = request("hi");
+    let call = handler.complete(&request);
     assert!(tokio::time::timeout(Duration::from_millis(50), call).await.is_err());
     tokio::time::timeout(Duration::from_secs(5), server).await.unwrap().unwrap();
 }
@@ -357,8 +364,8 @@ async fn a_refused_connection_is_worded_as_python_does() {
     let address = listener.local_addr().unwrap().to_string();
     drop(listener);
     let handler = SocketHandler::new(address).unwrap();
-    let mut errors = vec![handler.complete(request("hi")).await];
-    errors.extend(handler.complete_batch(vec![request("a"), request("b")], 16).await);
+    let mut errors = vec![handler.complete(&request("hi")).await];
+    errors.extend(handler.complete_batch(&[request("a"), request("b")], 16).await);
     for error in errors {
         let message = error.unwrap_err().message;
         assert!(message.starts_with("Request failed: [Errno "), "{message}");
@@ -370,7 +377,7 @@ async fn a_refused_connection_is_worded_as_python_does() {
 async fn the_cap_on_replies_is_exact() {
     for (bytes_max, expected) in [(GOOD.len(), true), (GOOD.len() - 1, false)] {
         let (handler, server) = serve(reply(GOOD)).await;
-        let answer = handler.with_reply_bytes_max(bytes_max).complete(request("hi")).await;
+        let answer = handler.with_reply_bytes_max(bytes_max).complete(&request("hi")).await;
         assert_eq!(answer.is_ok(), expected, "{answer:?}");
         server.await.unwrap();
     }
@@ -395,7 +402,7 @@ async fn a_mixed_batch_is_split_where_the_model_changes() {
         payloads
     });
     let requests = vec![request("a"), request("b"), LmRequest { depth: 2, ..request("c") }];
-    let answers = handler.complete_batch(requests, 16).await;
+    let answers = handler.complete_batch(&requests, 16).await;
     let texts: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().response).collect();
     assert_eq!(texts, ["a", "b", "c"]);
     let expected = [r#"{"prompts": ["a", "b"], "depth": 1}"#, r#"{"prompts": ["c"], "depth": 2}"#];
@@ -408,7 +415,7 @@ async fn handlers_are_objects() {
     let (socket, server) = serve(reply(GOOD)).await;
     let handlers: [Box<dyn LmHandler>; 2] = [Box::new(socket), Box::new(ScriptedHandler::echo())];
     for (handler, expected) in handlers.iter().zip(["\u{e9}:hi", "hi"]) {
-        assert_eq!(handler.complete(request("hi")).await.unwrap().response, expected);
+        assert_eq!(handler.complete(&request("hi")).await.unwrap().response, expected);
     }
     server.await.unwrap();
 }

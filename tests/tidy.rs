@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("lm", &["error", "frame"]),
     ("image", &["error"]),
     ("snapshot", &["error", "image"]),
-    ("tenant", &["error"]),
+    ("tenant", &["error", "lm"]),
     ("environment", &["error", "limits", "policy", "lm", "value", "snapshot", "tenant"]),
     ("capture", &["environment"]),
     (

@@ -21,7 +21,7 @@ struct Answers {
 
 #[async_trait]
 impl LmHandler for Answers {
-    async fn complete(&self, _: LmRequest) -> Result<LmCompletion, LmError> {
+    async fn complete(&self, _: &LmRequest) -> Result<LmCompletion, LmError> {
         if !self.after.is_zero() {
             tokio::time::sleep(self.after).await;
         }

@@ -50,19 +50,15 @@ impl Conversation {
         let requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
         let concurrency = self.limits.lm_concurrency as usize;
         Ok(Answer::Later(Box::pin(async move {
-            let asked = requests.clone();
-            let most = concurrency.min(asked.len());
+            let most = concurrency.min(requests.len());
             let permits = match &quota {
                 Some(quota) => Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await),
                 None => None,
             };
             let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
-            let results = match (call.batched, asked.len()) {
-                (false, 1) => {
-                    let request = asked.into_iter().next().expect("there is one");
-                    vec![handler.complete(request).await]
-                }
-                _ => handler.complete_batch(asked, concurrency).await,
+            let results = match (call.batched, &requests[..]) {
+                (false, [request]) => vec![handler.complete(request).await],
+                _ => handler.complete_batch(&requests, concurrency).await,
             };
             Done::Lm { requests, results }
         })))
@@ -102,6 +98,7 @@ impl Conversation {
                 (Some(request), Ok(completion)) => {
                     self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
                     let response = encode(&completion.response);
+                    self.book(&completion);
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
                 }
@@ -113,10 +110,19 @@ impl Conversation {
         message
     }
 
+    /// Counts what a call cost.
+    fn book(&self, completion: &LmCompletion) {
+        self.ledger.add(&completion.usage);
+        if let Some(quota) = self.quota.as_ref().filter(|_| !completion.nested) {
+            quota.book(&completion.usage);
+        }
+    }
+
     /// A single answer goes without a header, which would have to be taken apart, and is lent to the
     /// message.
     fn finish_single(&mut self, request: LmRequest, mut completion: LmCompletion) -> Message {
         self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
+        self.book(&completion);
         let body = std::mem::take(&mut completion.response).into_bytes();
         self.calls.completions.push(LmCall { prompt: request.prompt, completion });
         self.calls.is_lent = true;

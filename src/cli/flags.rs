@@ -2,16 +2,15 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use kaa::lm::{LmHandler, ScriptedHandler, SocketHandler};
 use kaa::{
     Clock, Context, EnvironmentOptions, Limits, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, Mount,
     OUTPUT_BYTES_MAX, Policy, Profile, Value,
 };
 
 use super::Failure;
+use super::models::LmFlags;
 use super::session::Plan;
 use super::units::{Count, Size, Span};
 
@@ -78,15 +77,8 @@ pub(super) struct SessionFlags {
         value_parser = clap::builder::NonEmptyStringValueParser::new()
     )]
     allow_import: Vec<String>,
-    /// Address of an RLM LM handler that answers llm_query
-    #[arg(
-        long, value_name = "HOST:PORT", help_heading = "Reach",
-        value_parser = socket, conflicts_with = "lm_script"
-    )]
-    lm: Option<SocketHandler>,
-    /// File of rules that answer llm_query without any model; see examples/packages.lm.json
-    #[arg(long, value_name = "FILE", help_heading = "Reach")]
-    lm_script: Option<PathBuf>,
+    #[command(flatten)]
+    lm: LmFlags,
 
     #[command(flatten)]
     limits: LimitFlags,
@@ -173,11 +165,7 @@ impl SessionFlags {
                 return Err(Failure::usage("--mount", reason));
             }
         }
-        let lm = match (self.lm, &self.lm_script) {
-            (Some(socket), _) => Some(Arc::new(socket) as Arc<dyn LmHandler>),
-            (None, Some(path)) => Some(script(path)?),
-            (None, None) => None,
-        };
+        let lm = self.lm.resolve()?;
         let policy = Policy {
             mounts: self.mount,
             env: self.env.into_iter().map(host_value).collect::<Result<_, _>>()?,
@@ -254,14 +242,6 @@ pub(super) fn exists(flag: &str, path: &Path) -> Result<(), Failure> {
     std::fs::metadata(path).map(drop).map_err(reason)
 }
 
-fn script(path: &Path) -> Result<Arc<dyn LmHandler>, Failure> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::usage("--lm-script", format!("reading {}: {e}", path.display())))?;
-    let handler = ScriptedHandler::from_json(&text)
-        .map_err(|e| Failure::usage("--lm-script", format!("{}: {e}", path.display())))?;
-    Ok(Arc::new(handler))
-}
-
 fn host_value((name, value): (String, Option<String>)) -> Result<(String, String), Failure> {
     let refuse = |reason: &str| Failure::usage(&format!("--env {name}"), reason);
     match value {
@@ -305,12 +285,8 @@ fn mount(text: &str) -> Result<Mount, String> {
     Mount::parse(text).map_err(reason)
 }
 
-fn socket(text: &str) -> Result<SocketHandler, String> {
-    SocketHandler::new(text).map_err(reason)
-}
-
 /// The part of the library's message that clap's own doesn't say.
-fn reason(error: kaa::Error) -> String {
+pub(super) fn reason(error: kaa::Error) -> String {
     match error {
         kaa::Error::Invalid { reason, .. } => reason,
         other => other.to_string(),

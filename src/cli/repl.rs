@@ -15,7 +15,7 @@ use rustyline::{Config, Editor, Helper};
 use tokio::signal::unix::Signal;
 
 use super::branches::Branches;
-use super::complete::needs_more;
+use super::completion::needs_more;
 use super::console::Console;
 use super::flags::SessionFlags;
 use super::session::{self, Base, Plan};

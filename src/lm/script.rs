@@ -73,7 +73,8 @@ const TOKEN_CHARS: usize = 4;
 /// )?;
 /// let ask = |text: &str| {
 ///     let prompt = Prompt::Text(text.into());
-///     handler.complete(LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 })
+///     let request = LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 };
+///     async { let request = request; handler.complete(&request).await }
 /// };
 /// assert_eq!(ask("What is the capital of Peru?").await?.response, "Peru has one.");
 /// assert_eq!(ask("overload").await.unwrap_err().message, "429: try later");
@@ -161,7 +162,7 @@ impl ScriptedHandler {
     /// # async fn main() -> Result<(), kaa::lm::LmError> {
     /// let prompt = Prompt::Text("hi".into());
     /// let request = LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 };
-    /// assert_eq!(ScriptedHandler::echo().complete(request).await?.response, "hi");
+    /// assert_eq!(ScriptedHandler::echo().complete(&request).await?.response, "hi");
     /// # Ok(())
     /// # }
     /// ```
@@ -186,7 +187,7 @@ impl fmt::Debug for ScriptedHandler {
 
 #[async_trait]
 impl LmHandler for ScriptedHandler {
-    async fn complete(&self, request: LmRequest) -> Result<LmCompletion, LmError> {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let prompt = request.prompt.to_text();
         let (response, execution_time) = match &self.source {
             Source::Rules(rules) => {
@@ -202,7 +203,7 @@ impl LmHandler for ScriptedHandler {
             }
             Source::Function(answer) => {
                 let start = Instant::now();
-                (answer(&request)?, start.elapsed())
+                (answer(request)?, start.elapsed())
             }
         };
         let model = request.model.as_ref().unwrap_or(&self.model).clone();
@@ -213,7 +214,7 @@ impl LmHandler for ScriptedHandler {
             output_tokens: tokens(&response),
             cost: None,
         }];
-        Ok(LmCompletion { model, response, usage, execution_time })
+        Ok(LmCompletion { model, response, usage, execution_time, ..LmCompletion::default() })
     }
 }
 
@@ -414,7 +415,7 @@ mod tests {
     }
 
     async fn ask(handler: &ScriptedHandler, prompt: &str) -> Result<String, String> {
-        let answer = handler.complete(request(Prompt::Text(prompt.into()))).await;
+        let answer = handler.complete(&request(Prompt::Text(prompt.into()))).await;
         answer.map(|completion| completion.response).map_err(|error| error.message)
     }
 
@@ -485,7 +486,7 @@ mod tests {
         let handler = ScriptedHandler::from_json(script).unwrap();
         let start = Instant::now();
         let mut asked = request(Prompt::Text("\u{e4}bcde".into()));
-        let answer = handler.complete(asked.clone()).await.unwrap();
+        let answer = handler.complete(&asked).await.unwrap();
         assert!(start.elapsed() >= Duration::from_millis(1));
         assert_eq!(answer.execution_time, Duration::from_millis(1));
         let usage = ModelUsage {
@@ -498,7 +499,7 @@ mod tests {
         assert_eq!((answer.model.as_str(), answer.usage), ("demo", vec![usage]));
 
         asked.model = Some("other".into());
-        let answer = handler.complete(asked).await.unwrap();
+        let answer = handler.complete(&asked).await.unwrap();
         assert_eq!((answer.model.as_str(), answer.usage[0].model.as_str()), ("other", "other"));
     }
 
@@ -511,12 +512,12 @@ mod tests {
             request(Prompt::Messages(chat)),
             request(Prompt::Text("b".into())),
         ];
-        let answers = echo.complete_batch(asked.clone(), 2).await;
+        let answers = echo.complete_batch(&asked, 2).await;
         let texts: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().response).collect();
         assert_eq!(texts, ["a", r#"[{"role":"user"}]"#, "b"]);
 
         let failing = ScriptedHandler::from_fn(|_| Err(LmError::new("kaput")));
-        for answer in failing.complete_batch(asked, 2).await {
+        for answer in failing.complete_batch(&asked, 2).await {
             assert_eq!(answer, Err(LmError::new("llm() call failed - kaput")));
         }
     }

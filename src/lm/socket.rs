@@ -57,7 +57,7 @@ const NO_COMPLETIONS: &str = "No completions returned";
 /// let handler = SocketHandler::new("127.0.0.1:4242")?;
 /// let prompt = Prompt::Text("Name a prime.".into());
 /// let request = LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 };
-/// println!("{}", handler.complete(request).await?.response);
+/// println!("{}", handler.complete(&request).await?.response);
 /// # Ok(())
 /// # }
 /// ```
@@ -195,7 +195,7 @@ impl SocketHandler {
 
 #[async_trait]
 impl LmHandler for SocketHandler {
-    async fn complete(&self, request: LmRequest) -> Result<LmCompletion, LmError> {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let request = RequestJson {
             prompt: Some((&request.prompt).into()),
             prompts: None,
@@ -211,7 +211,7 @@ impl LmHandler for SocketHandler {
 
     async fn complete_batch(
         &self,
-        requests: Vec<LmRequest>,
+        requests: &[LmRequest],
         _concurrency: usize,
     ) -> Vec<Result<LmCompletion, LmError>> {
         // A guest's batch has one model and one depth and so is one request, but nothing in the
@@ -299,6 +299,8 @@ struct CompletionJson {
     #[serde(default)]
     execution_time: Option<f64>,
     #[serde(default)]
+    metadata: Option<Json>,
+    #[serde(default)]
     error: Option<String>,
 }
 
@@ -339,6 +341,8 @@ impl CompletionJson {
             usage: usage.collect(),
             // A negative or absurd time is no reason to lose the answer.
             execution_time: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+            metadata: completion.metadata,
+            nested: false,
         })
     }
 }

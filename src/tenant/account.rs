@@ -14,6 +14,7 @@ use super::gate::Gate;
 use super::line::{Counter, Line, Place};
 use super::quotas::{Quotas, Refusals, TenantUsage};
 use crate::error::{Error, Result};
+use crate::lm::{ModelUsage, UsageSummary};
 
 /// More than a session can have, and little enough that a sum over a million doesn't overflow.
 const SESSION_BYTES_MAX: u64 = 1 << 40;
@@ -61,6 +62,7 @@ struct Books {
     cells: u64,
     for_slot: Line,
     lm_calls: u64,
+    lm_usage: UsageSummary,
     prompts: u32,
     for_prompt: Line,
     refused: Refusals,
@@ -118,6 +120,7 @@ impl Account {
             cells: 0,
             for_slot: Line::default(),
             lm_calls: 0,
+            lm_usage: UsageSummary::default(),
             prompts: 0,
             for_prompt: Line::default(),
             refused: Refusals::default(),
@@ -165,6 +168,7 @@ impl Account {
             compute: Duration::from_nanos(self.compute.load(Ordering::Relaxed)),
             delayed: Duration::from_nanos(self.delayed.load(Ordering::Relaxed)),
             lm_calls: books.lm_calls,
+            lm_usage: books.lm_usage.clone(),
             refused: books.refused,
         }
     }
@@ -332,6 +336,11 @@ impl Account {
         }
         books.lm_calls = after;
         Ok(())
+    }
+
+    /// Counts what calls cost.
+    pub(super) fn book(&self, usage: &[ModelUsage]) {
+        self.books().lm_usage.add(usage);
     }
 
     /// Room for a prompt; `None`: it's there.

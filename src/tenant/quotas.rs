@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::lm::UsageSummary;
 
 /// What the sessions of one tenant may have together. Every field is finite by default.
 ///
@@ -115,7 +116,7 @@ pub struct Refusals {
 }
 
 /// What a tenant has now, and had so far.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct TenantUsage {
     /// The tenant's name.
@@ -138,6 +139,8 @@ pub struct TenantUsage {
     pub delayed: Duration,
     /// Prompts sent to language models, over the life of the tenant.
     pub lm_calls: u64,
+    /// What the answers cost, by model, over the life of the tenant.
+    pub lm_usage: UsageSummary,
     /// What was refused.
     pub refused: Refusals,
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::account::{Account, Admission, Slot};
 use crate::error::Result;
+use crate::lm::ModelUsage;
 
 /// What a guest's next slice is thought to take, when its tenant is in debt: as much as the last, but
 /// within these. The lower one also stands for a cell that has not begun.
@@ -223,6 +224,11 @@ impl LmQuota {
     /// [`Error::Quota`](crate::Error::Quota) when the tenant has not so many left.
     pub(crate) fn calls(&self, count: u32) -> Result<()> {
         self.account.count_lm_calls(count)
+    }
+
+    /// Counts what calls cost.
+    pub(crate) fn book(&self, usage: &[ModelUsage]) {
+        self.account.book(usage);
     }
 
     /// Waits until the tenant may have another prompt in flight; the answer is leave for as many of

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
 use super::Image;
 use super::asleep::Asleep;
@@ -21,6 +21,7 @@ use crate::environment::{
 };
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
+use crate::lm::{Ledger, UsageSummary};
 use crate::protocol::{Message, VariableReport, decode_value};
 use crate::snapshot::Snapshot;
 use crate::tenant::Seat;
@@ -106,7 +107,11 @@ impl WasmEnvironment {
             ));
         }
         let tenant = options.tenant.clone().unwrap_or_else(|| shared.tenants.default_tenant());
-        let ties = Ties { seat: Arc::new(tenant.open_session()?), signal: Arc::default() };
+        let ties = Ties {
+            seat: Arc::new(tenant.open_session()?),
+            signal: Arc::default(),
+            ledger: Ledger::default(),
+        };
         let session = opening::open(shared, image, &options, origin, &ties)?;
         Ok(Self {
             phase: Phase::Ready(Box::new(session)),
@@ -116,6 +121,10 @@ impl WasmEnvironment {
             new_tools: Vec::new(),
             image: image.clone(),
         })
+    }
+
+    pub(crate) fn ledger(&self) -> Ledger {
+        self.ties.ledger.clone()
     }
 
     fn turn(&self) -> Turn {
@@ -151,9 +160,10 @@ impl WasmEnvironment {
         // First what may take long without a guest that computes.
         self.session().await?;
         let permit = self.ties.seat.admit().await?;
+        let ledger = self.ties.ledger.clone();
         let session = self.session().await?;
         let guest = session.guest_mut();
-        guest.conversation.set_quota(permit.lm());
+        guest.conversation.set_books(permit.lm(), ledger);
         guest.leave.set(Some(permit));
         Ok(session)
     }
@@ -474,11 +484,18 @@ impl Environment for WasmEnvironment {
         let mut request = Message::new(json!({ "op": "context", "index": index, "kind": kind }));
         request.letter = kind != "bytes";
         request.body = body;
-        let reply = self.service("context", request).await?;
-        let index = reply.header.get("index").and_then(serde_json::Value::as_u64);
-        index
-            .and_then(|index| u32::try_from(index).ok())
-            .ok_or_else(|| Error::protocol("the reply to a context has no index"))
+        index_of(&self.service("context", request).await?)
+    }
+
+    async fn add_history(&mut self, messages: &Json, index: Option<u32>) -> Result<u32> {
+        let mut request = Message::new(json!({ "op": "history", "index": index }));
+        request.letter = true;
+        request.body = messages.to_string().into_bytes();
+        index_of(&self.service("history", request).await?)
+    }
+
+    fn lm_usage(&self) -> UsageSummary {
+        self.ties.ledger.total()
     }
 
     fn register_tool(&mut self, tool: Tool) -> Result<()> {
@@ -532,4 +549,12 @@ impl Environment for WasmEnvironment {
 
 fn streams(bytes: usize) -> Streams {
     Streams { stdout: Capture::new(bytes), stderr: Capture::new(bytes) }
+}
+
+/// The number of a context or history that the agent took.
+fn index_of(reply: &Message) -> Result<u32> {
+    let index = reply.header.get("index").and_then(Json::as_u64);
+    index
+        .and_then(|index| u32::try_from(index).ok())
+        .ok_or_else(|| Error::protocol("the reply to a context has no index"))
 }

@@ -20,6 +20,7 @@ use crate::agent::{Conversation, Streams};
 use crate::environment::{EnvironmentOptions, Profile};
 use crate::error::{Error, Result};
 use crate::image::Store;
+use crate::lm::Ledger;
 use crate::policy::{Clock, Policy};
 use crate::snapshot::SessionRecord;
 use crate::tenant::{Seat, Tenants};
@@ -57,6 +58,8 @@ impl Shared {
 pub(crate) struct Ties {
     pub(crate) seat: Arc<Seat>,
     pub(crate) signal: Arc<Signal>,
+    /// What its calls of language models cost.
+    pub(crate) ledger: Ledger,
 }
 
 /// What a new session begins with.

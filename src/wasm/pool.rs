@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use serde_json::Value as Json;
 use tokio::sync::MutexGuard as EnvironmentGuard;
 
 use super::{Image, Runtime, WasmEnvironment};
@@ -15,6 +16,7 @@ use crate::environment::{
     Status, Tool, Variable,
 };
 use crate::error::{Error, Result};
+use crate::lm::{Ledger, UsageSummary};
 use crate::snapshot::Snapshot;
 use crate::tenant::Seat;
 use crate::value::Value;
@@ -132,6 +134,7 @@ struct Inner {
 struct Entry {
     environment: tokio::sync::Mutex<WasmEnvironment>,
     interrupt: Interrupt,
+    ledger: Ledger,
     /// Milliseconds from the start of the pool to the last use.
     used: AtomicU64,
     awake: AtomicBool,
@@ -187,6 +190,7 @@ impl Pool {
     pub fn adopt(&self, environment: WasmEnvironment) -> PooledEnvironment {
         let entry = Arc::new(Entry {
             interrupt: environment.interrupt(),
+            ledger: environment.ledger(),
             used: AtomicU64::new(self.0.now()),
             awake: AtomicBool::new(!environment.is_hibernated()),
             refused: AtomicBool::new(false),
@@ -427,6 +431,14 @@ impl Environment for PooledEnvironment {
 
     async fn add_context(&mut self, context: Context, index: Option<u32>) -> Result<u32> {
         self.lock().await?.guard.add_context(context, index).await
+    }
+
+    async fn add_history(&mut self, messages: &Json, index: Option<u32>) -> Result<u32> {
+        self.lock().await?.guard.add_history(messages, index).await
+    }
+
+    fn lm_usage(&self) -> UsageSummary {
+        self.entry.ledger.total()
     }
 
     fn register_tool(&mut self, tool: Tool) -> Result<()> {

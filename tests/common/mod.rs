@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses a part of this")]
 
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use kaa::{
     EnvironmentExt, EnvironmentOptions, Execution, Image, Limits, Profile, Progress, Runtime,
@@ -19,9 +19,9 @@ pub(crate) fn store_root() -> PathBuf {
 }
 
 /// The runtime of this process. The first test on a machine makes the images, which takes minutes.
-pub(crate) fn runtime() -> &'static Runtime {
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    RUNTIME.get_or_init(|| Runtime::open(Store::open(store_root()).unwrap()).unwrap())
+pub(crate) fn runtime() -> &'static Arc<Runtime> {
+    static RUNTIME: OnceLock<Arc<Runtime>> = OnceLock::new();
+    RUNTIME.get_or_init(|| Arc::new(Runtime::open(Store::open(store_root()).unwrap()).unwrap()))
 }
 
 /// An image that comes with Kaa.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::{Session, Start};
 use crate::environment::{Environment, EnvironmentExt, EnvironmentOptions, Outcome};
 use crate::image::Store;
+use crate::lm::Ledger;
 use crate::wasm::opening::{self, Origin, Ties};
 use crate::wasm::{Image, Runtime, WasmEnvironment};
 
@@ -184,7 +185,7 @@ async fn nothing_of_a_tenant_is_left_for_the_next_one() {
             for slot in (0..slots).rev() {
                 let tenant = runtime.shared.tenants.default_tenant();
                 let seat = Arc::new(tenant.open_session().unwrap());
-                let ties = Ties { seat, signal: Arc::default() };
+                let ties = Ties { seat, signal: Arc::default(), ledger: Ledger::default() };
                 let next = opening::open(&runtime.shared, &image, &options, Origin::Image, &ties);
                 assert_eq!(start.idle().len(), slot, "{what}: the slot is used again");
                 check_new(&mut next.unwrap(), &image, &what);
