@@ -4,6 +4,7 @@
 //! [`LmHandler`]. Budgets and the wording of errors are the environment's affair, so that every
 //! backend behaves alike; a handler only answers.
 
+mod budget;
 mod script;
 mod socket;
 mod usage;
@@ -14,6 +15,7 @@ use async_trait::async_trait;
 use futures_util::stream::{self, StreamExt};
 use serde_json::Value as Json;
 
+pub use self::budget::{Budget, BudgetLimits, BudgetPart, Exhausted, Spent};
 pub use self::script::ScriptedHandler;
 pub use self::socket::SocketHandler;
 pub(crate) use self::usage::Ledger;
@@ -29,6 +31,14 @@ pub enum Prompt {
 }
 
 impl Prompt {
+    /// Its length in bytes, for a chat that of its JSON.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Messages(json) => json_bytes(json),
+        }
+    }
+
     /// The text that scripted handlers match and logs show: a chat as JSON.
     #[must_use]
     pub fn to_text(&self) -> std::borrow::Cow<'_, str> {
@@ -75,8 +85,6 @@ pub struct LmCompletion {
     pub execution_time: Duration,
     /// What a child RLM did, as RLM logs it.
     pub metadata: Option<Json>,
-    /// Whether sessions of their own took part: they have booked their calls with their tenants.
-    pub nested: bool,
 }
 
 /// Why a call got no answer. The guest sees `Error: {message}` (RLM's convention: LM errors are
@@ -104,6 +112,12 @@ pub trait LmHandler: Send + Sync {
     /// Answers one request.
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError>;
 
+    /// Whether it answers calls of this kind with sessions of their own. Their calls count by
+    /// themselves into what a tenant has in flight and what it spent, so this one doesn't.
+    fn nests(&self, _kind: LmKind) -> bool {
+        false
+    }
+
     /// Answers a batch: as many results as requests, in their order; one failure fills only its
     /// own slot. At most `concurrency` requests are under way at once.
     ///
@@ -114,13 +128,39 @@ pub trait LmHandler: Send + Sync {
         requests: &[LmRequest],
         concurrency: usize,
     ) -> Vec<Result<LmCompletion, LmError>> {
-        let calls = requests.iter().map(|one| async { self.complete(one).await.map_err(in_batch) });
-        let calls: Vec<_> = calls.collect();
-        stream::iter(calls).buffered(concurrency.max(1)).collect().await
+        fan_out(self, requests, concurrency).await
     }
 }
 
-/// The wording of a failure in a batch.
+/// Answers a batch call by call.
+async fn fan_out<H: LmHandler + ?Sized>(
+    handler: &H,
+    requests: &[LmRequest],
+    concurrency: usize,
+) -> Vec<Result<LmCompletion, LmError>> {
+    let calls = requests.iter().map(|one| async { handler.complete(one).await.map_err(in_batch) });
+    let calls: Vec<_> = calls.collect();
+    stream::iter(calls).buffered(concurrency.max(1)).collect().await
+}
+
+/// The length of a value as JSON, about: escapes aren't counted, so that nothing is copied.
+fn json_bytes(json: &Json) -> usize {
+    match json {
+        Json::Null | Json::Bool(_) | Json::Number(_) => 4,
+        Json::String(text) => text.len() + 2,
+        Json::Array(items) => 2 + items.iter().map(|item| json_bytes(item) + 1).sum::<usize>(),
+        Json::Object(fields) => {
+            2 + fields.iter().map(|(key, value)| key.len() + json_bytes(value) + 4).sum::<usize>()
+        }
+    }
+}
+
+/// Tokens of a text whose model doesn't tell: English has about four characters per token.
+fn estimated_tokens(chars: usize) -> u64 {
+    chars.div_ceil(4) as u64
+}
+
+/// RLM's wording of a failure in a batch.
 fn in_batch(error: LmError) -> LmError {
     LmError::new(format!("llm() call failed - {error}"))
 }

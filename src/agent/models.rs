@@ -52,8 +52,11 @@ impl Conversation {
         Ok(Answer::Later(Box::pin(async move {
             let most = concurrency.min(requests.len());
             let permits = match &quota {
-                Some(quota) => Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await),
-                None => None,
+                // Those who answer with sessions must not wait for what these need.
+                Some(quota) if !handler.nests(kind) => {
+                    Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await)
+                }
+                _ => None,
             };
             let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
             let results = match (call.batched, &requests[..]) {
@@ -98,7 +101,7 @@ impl Conversation {
                 (Some(request), Ok(completion)) => {
                     self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
                     let response = encode(&completion.response);
-                    self.book(&completion);
+                    self.book(request.kind, &completion);
                     self.calls.completions.push(LmCall { prompt: request.prompt, completion });
                     response
                 }
@@ -111,9 +114,10 @@ impl Conversation {
     }
 
     /// Counts what a call cost.
-    fn book(&self, completion: &LmCompletion) {
+    fn book(&self, kind: LmKind, completion: &LmCompletion) {
         self.ledger.add(&completion.usage);
-        if let Some(quota) = self.quota.as_ref().filter(|_| !completion.nested) {
+        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(kind));
+        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
             quota.book(&completion.usage);
         }
     }
@@ -122,7 +126,7 @@ impl Conversation {
     /// message.
     fn finish_single(&mut self, request: LmRequest, mut completion: LmCompletion) -> Message {
         self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-        self.book(&completion);
+        self.book(request.kind, &completion);
         let body = std::mem::take(&mut completion.response).into_bytes();
         self.calls.completions.push(LmCall { prompt: request.prompt, completion });
         self.calls.is_lent = true;

@@ -9,14 +9,11 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use super::{LmCompletion, LmError, LmHandler, LmRequest, ModelUsage};
+use super::{LmCompletion, LmError, LmHandler, LmRequest, ModelUsage, estimated_tokens};
 use crate::error::{Error, Result};
 
 /// The name under which answers are booked when neither guest nor script names a model.
 const MODEL: &str = "scripted";
-
-/// Tokens are not known without a model; English text has about four characters per token.
-const TOKEN_CHARS: usize = 4;
 
 /// Answers by rule instead of by model: no key, no network, the same answer every time.
 ///
@@ -219,7 +216,7 @@ impl LmHandler for ScriptedHandler {
 }
 
 fn tokens(text: &str) -> u64 {
-    text.chars().count().div_ceil(TOKEN_CHARS) as u64
+    estimated_tokens(text.chars().count())
 }
 
 #[derive(Deserialize)]

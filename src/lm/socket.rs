@@ -342,7 +342,6 @@ impl CompletionJson {
             // A negative or absurd time is no reason to lose the answer.
             execution_time: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
             metadata: completion.metadata,
-            nested: false,
         })
     }
 }
