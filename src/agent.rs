@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
 
-pub(crate) use self::names::{check_name, check_tool};
+pub(crate) use self::names::{check_name, check_reserved, check_tool};
 pub(crate) use self::sources::{BOOTSTRAP, TURN, agent_sources};
 use crate::capture::Capture;
 use crate::environment::{

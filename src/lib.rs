@@ -50,6 +50,7 @@ mod limits;
 pub mod lm;
 mod policy;
 mod protocol;
+mod rlm;
 mod snapshot;
 mod tenant;
 mod value;
@@ -68,6 +69,10 @@ pub use error::{Error, Result};
 pub use image::{ImageManifest, Progress, ProgressFn, Store};
 pub use limits::*;
 pub use policy::{Clock, Mount, Policy};
+pub use rlm::{
+    Compaction, Dialect, Ending, Rlm, RlmCompletion, RlmError, RlmEvent, RlmObserver, RlmOptions,
+    RlmProgress, RlmSession, RlmStop, RlmTool,
+};
 pub use snapshot::{
     ClockRecord, SessionRecord, Snapshot, SnapshotData, SnapshotHeader, SnapshotImage, Told,
     inspect_snapshot,

@@ -156,7 +156,7 @@ fn json_bytes(json: &Json) -> usize {
 }
 
 /// Tokens of a text whose model doesn't tell: English has about four characters per token.
-fn estimated_tokens(chars: usize) -> u64 {
+pub(crate) fn estimated_tokens(chars: usize) -> u64 {
     chars.div_ceil(4) as u64
 }
 

@@ -27,6 +27,7 @@ pub use quotas::{Quotas, Refusals, TenantUsage};
 pub(crate) use turn::{LmQuota, Seat, Turn};
 
 use crate::error::{Error, Result};
+use crate::lm::ModelUsage;
 
 /// The name of the tenant of sessions that were opened without one.
 const DEFAULT_NAME: &str = "default";
@@ -128,6 +129,11 @@ impl Tenant {
     #[must_use]
     pub fn usage(&self) -> TenantUsage {
         self.0.usage()
+    }
+
+    /// Counts what calls cost that no session made.
+    pub(crate) fn book(&self, usage: &[ModelUsage]) {
+        self.0.book(usage);
     }
 
     /// A session's part of the tenant.

@@ -60,6 +60,21 @@ impl Value {
         })
     }
 
+    /// The name of its type in Python.
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::None => "NoneType",
+            Self::Bool(_) => "bool",
+            Self::Int(_) | Self::BigInt(_) => "int",
+            Self::Float(_) => "float",
+            Self::Str(_) | Self::Wtf8(_) => "str",
+            Self::Bytes(_) => "bytes",
+            Self::List(_) => "list",
+            Self::Map(_) => "dict",
+        }
+    }
+
     /// The text of a `str`.
     #[must_use]
     pub fn as_str(&self) -> Option<&str> {

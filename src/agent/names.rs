@@ -25,18 +25,26 @@ pub(crate) const RESERVED_NAMES: &[&str] = &[
 /// [`Error::Invalid`] when it is no identifier or reserved.
 pub(crate) fn check_tool(tool: &Tool) -> Result<()> {
     check_name("tool", tool.name())?;
-    if RESERVED_NAMES.contains(&tool.name()) {
-        // RLM's own sentence, so that its users recognize it.
-        return Err(Error::invalid(
-            "tools",
-            format!(
-                "Custom tools cannot override reserved REPL functions: ['{}']. \
-                 Reserved names: {RESERVED_NAMES:?}",
-                tool.name()
-            ),
-        ));
+    check_reserved(std::iter::once(tool.name()))
+}
+
+/// Whether none of these names is reserved.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] naming those that are, in RLM's own sentence, so that its users recognize it.
+pub(crate) fn check_reserved<'a>(names: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut conflicts: Vec<&str> = names.filter(|name| RESERVED_NAMES.contains(name)).collect();
+    if conflicts.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    conflicts.sort_unstable();
+    let list = |names: &[&str]| format!("['{}']", names.join("', '"));
+    let (conflicts, reserved) = (list(&conflicts), list(RESERVED_NAMES));
+    let reason = format!(
+        "Custom tools cannot override reserved REPL functions: {conflicts}. Reserved names: {reserved}"
+    );
+    Err(Error::invalid("tools", reason))
 }
 
 /// Whether `name` can be a Python variable. Identifiers beyond ASCII are left to the agent, which

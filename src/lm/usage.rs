@@ -156,6 +156,10 @@ impl Ledger {
         self.lock().add(usage);
     }
 
+    pub(crate) fn merge(&self, usage: &UsageSummary) {
+        self.lock().merge(usage);
+    }
+
     pub(crate) fn total(&self) -> UsageSummary {
         self.lock().clone()
     }

@@ -1,0 +1,160 @@
+//! What the model is told about the code that it ran.
+
+use crate::environment::{Execution, Variable};
+
+/// Types whose variables are listed: those that RLM lists, with the subclasses of them that code uses
+/// most.
+const LISTED_TYPES: &[&str] = &[
+    "str",
+    "int",
+    "float",
+    "bool",
+    "list",
+    "dict",
+    "tuple",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "collections.defaultdict",
+];
+
+/// One executed block, as far as the loop needs it.
+#[derive(Debug)]
+pub(super) struct Block {
+    pub(super) code: String,
+    pub(super) execution: Execution,
+    /// The session's variables after it.
+    pub(super) variables: Vec<Variable>,
+}
+
+/// The message about the blocks of one turn; `None` when there were none.
+pub(super) fn message(blocks: &[Block], chars_max: usize) -> Option<String> {
+    let several = blocks.len() > 1;
+    let part = |(number, block): (usize, &Block)| {
+        let text = cut(result(block), chars_max);
+        match several {
+            true => format!("REPL output (block {number}):\n{text}"),
+            false => format!("REPL output:\n{text}"),
+        }
+    };
+    let parts: Vec<String> = (1..).zip(blocks).map(part).collect();
+    (!parts.is_empty()).then(|| parts.join("\n\n"))
+}
+
+/// RLM's form of a result: stdout, stderr and the names of variables, as far as there are any.
+fn result(block: &Block) -> String {
+    let mut parts = Vec::new();
+    for stream in [&block.execution.stdout, &block.execution.stderr] {
+        if !stream.bytes.is_empty() {
+            parts.push(format!("\n{}", stream.text()));
+        }
+    }
+    let listed = |variable: &&Variable| LISTED_TYPES.contains(&variable.type_name.as_str());
+    let names: Vec<String> = block
+        .variables
+        .iter()
+        .filter(listed)
+        .map(|variable| format!("'{}'", variable.name))
+        .collect();
+    if !names.is_empty() {
+        parts.push(format!("REPL variables: [{}]\n", names.join(", ")));
+    }
+    match parts.is_empty() {
+        true => "No output".into(),
+        false => parts.join("\n\n"),
+    }
+}
+
+/// The first characters of a text, and how many are left out.
+pub(super) fn cut(mut text: String, chars_max: usize) -> String {
+    // Characters are never more than bytes: most texts need not be counted.
+    if text.len() <= chars_max {
+        return text;
+    }
+    let Some((at, _)) = text.char_indices().nth(chars_max) else { return text };
+    let rest = text[at..].chars().count();
+    text.truncate(at);
+    text.push_str(&format!("... + [{rest} chars...]"));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::{Outcome, Output};
+    use crate::limits::Usage;
+
+    fn block(stdout: &str, stderr: &str, variables: &[(&str, &str)]) -> Block {
+        let output = |text: &str| Output {
+            bytes: text.as_bytes().to_vec(),
+            total_bytes: text.len() as u64,
+            truncated: false,
+        };
+        let variable = |(name, type_name): &(&str, &str)| Variable {
+            name: (*name).into(),
+            type_name: (*type_name).into(),
+            repr: String::new(),
+            new: false,
+        };
+        Block {
+            code: String::new(),
+            execution: Execution {
+                outcome: Outcome::Completed,
+                limit: None,
+                rolled_back: false,
+                stdout: output(stdout),
+                stderr: output(stderr),
+                value: None,
+                exception: None,
+                variables: Vec::new(),
+                final_answer: None,
+                lm_calls: Vec::new(),
+                usage: Usage::default(),
+            },
+            variables: variables.iter().map(variable).collect(),
+        }
+    }
+
+    // The texts are what `rlm.utils.parsing.format_iteration` of rlms 0.1.3 makes.
+    #[test]
+    fn results_have_the_form_of_rlm() {
+        let long = "é".repeat(25);
+        for (blocks, expected) in [
+            (vec![], None),
+            (vec![block("", "", &[])], Some("REPL output:\nNo output".to_owned())),
+            (
+                vec![block("hi\n", "", &[("answer", "dict"), ("f", "function"), ("n", "int")])],
+                Some("REPL output:\n\nhi\n\n\nREPL variables: ['answer', 'n']\n".into()),
+            ),
+            (
+                vec![block("", "\nValueError: x", &[])],
+                Some("REPL output:\n\n\nValueError: x".into()),
+            ),
+            (
+                vec![block("a", "b", &[]), block("", "", &[])],
+                Some(
+                    "REPL output (block 1):\n\na\n\n\nb\n\nREPL output (block 2):\nNo output"
+                        .into(),
+                ),
+            ),
+            (
+                vec![block(&long, "", &[])],
+                Some(format!("REPL output:\n\n{}... + [6 chars...]", "é".repeat(19))),
+            ),
+        ] {
+            assert_eq!(message(&blocks, 20), expected);
+        }
+    }
+
+    #[test]
+    fn only_longer_texts_are_cut() {
+        for (text, chars_max, expected) in [
+            ("abc", 3, "abc"),
+            ("abcd", 3, "abc... + [1 chars...]"),
+            ("ééé", 3, "ééé"),
+            ("éééé", 0, "... + [4 chars...]"),
+            ("", 0, ""),
+        ] {
+            assert_eq!(cut(text.into(), chars_max), expected);
+        }
+    }
+}

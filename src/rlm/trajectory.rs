@@ -1,0 +1,191 @@
+//! What a run did, in RLM's log format: a line of JSON about the run, then one per turn.
+//!
+//! The format is that of `rlm.logger.RLMLogger` 0.1.3, which its visualizer reads. It differs in size:
+//! RLM writes all variables, the whole context twice among them, with every block. Here variables are
+//! their short `repr`, the context is in the first block only, and that with its first characters;
+//! long texts of sub-calls are cut.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use rand::RngExt;
+use serde_json::{Map, Value as Json, json};
+
+use super::observation::{Block, cut};
+use crate::environment::{Context, LmCall, Variable};
+use crate::lm::UsageSummary;
+
+/// Characters kept of the context, and of each prompt and response of a sub-call.
+const TEXT_CHARS_MAX: usize = 10_000;
+
+/// One turn, when it's over.
+pub(super) struct Turn<'a> {
+    pub(super) prompt: &'a [Json],
+    pub(super) response: &'a str,
+    pub(super) blocks: &'a [Block],
+    pub(super) final_answer: Option<&'a str>,
+    pub(super) time: Duration,
+}
+
+/// The record of one run.
+pub(super) struct Trajectory {
+    metadata: Json,
+    /// Kept only for whoever asked for it.
+    iterations: Option<Vec<Json>>,
+    count: u32,
+    file: Option<(PathBuf, File)>,
+    context: Option<String>,
+}
+
+impl Trajectory {
+    pub(super) fn new(metadata: Json, kept: bool) -> Self {
+        let iterations = kept.then(Vec::new);
+        Self { metadata, iterations, count: 0, file: None, context: None }
+    }
+
+    /// Writes it to a new file in this directory as well, which is made when it isn't there.
+    pub(super) fn log_to(&mut self, directory: &Path) -> io::Result<()> {
+        fs::create_dir_all(directory)?;
+        let time = now().strftime("%Y-%m-%d_%H-%M-%S").to_string();
+        let id: u32 = rand::rng().random();
+        let path = directory.join(format!("rlm_{time}_{id:08x}.jsonl"));
+        let file = File::options().append(true).create_new(true).open(&path)?;
+        self.file = Some((path, file));
+        self.write("metadata", self.metadata.clone())
+    }
+
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.file.as_ref().map(|(path, _)| path.as_path())
+    }
+
+    /// What the next blocks have as their context.
+    pub(super) fn set_context(&mut self, context: &Context) {
+        let (Context::Text(bytes) | Context::Bytes(bytes) | Context::Json(bytes)) = context;
+        // Enough for the characters that are kept, whatever they are.
+        let begin = String::from_utf8_lossy(&bytes[..bytes.len().min(4 * TEXT_CHARS_MAX)]);
+        let kept: String = begin.chars().take(TEXT_CHARS_MAX).collect();
+        self.context = Some(match bytes.len() - kept.len().min(bytes.len()) {
+            0 => kept,
+            rest => format!("{kept}... + [{rest} bytes...]"),
+        });
+    }
+
+    /// Adds a turn.
+    pub(super) fn add(&mut self, turn: &Turn<'_>) -> io::Result<()> {
+        self.count += 1;
+        let mut context = self.context.take();
+        let blocks: Vec<Json> =
+            turn.blocks.iter().map(|block| code_block(block, context.take())).collect();
+        if context.is_some() {
+            self.context = context;
+        }
+        let entry = json!({
+            "iteration": self.count,
+            "prompt": turn.prompt,
+            "response": turn.response,
+            "code_blocks": blocks,
+            "final_answer": turn.final_answer,
+            "iteration_time": turn.time.as_secs_f64(),
+        });
+        let written = match self.file {
+            Some(_) => self.write("iteration", entry.clone()),
+            None => Ok(()),
+        };
+        if let Some(iterations) = &mut self.iterations {
+            iterations.push(stamped("iteration", entry));
+        }
+        written
+    }
+
+    /// The whole trajectory, in the form of `RLMLogger.get_trajectory`.
+    pub(super) fn into_json(self) -> Option<Json> {
+        let iterations = self.iterations?;
+        Some(json!({ "run_metadata": self.metadata, "iterations": iterations }))
+    }
+
+    /// After a failure nothing more is written: a gap would look like a turn that never was.
+    fn write(&mut self, kind: &str, entry: Json) -> io::Result<()> {
+        let Some((_, file)) = &mut self.file else { return Ok(()) };
+        let mut line = stamped(kind, entry).to_string();
+        line.push('\n');
+        let written = file.write_all(line.as_bytes());
+        if written.is_err() {
+            self.file = None;
+        }
+        written
+    }
+}
+
+fn now() -> jiff::Zoned {
+    Timestamp::now().to_zoned(TimeZone::UTC)
+}
+
+fn stamped(kind: &str, mut entry: Json) -> Json {
+    entry["type"] = kind.into();
+    entry["timestamp"] = now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string().into();
+    entry
+}
+
+fn code_block(block: &Block, context: Option<String>) -> Json {
+    let execution = &block.execution;
+    let mut locals: Map<String, Json> = block
+        .variables
+        .iter()
+        .filter(|variable| !is_context(&variable.name))
+        .map(|variable| (variable.name.clone(), shown(variable)))
+        .collect();
+    if let Some(context) = context {
+        locals.insert("context".into(), context.into());
+    }
+    json!({
+        "code": block.code,
+        "result": {
+            "stdout": execution.stdout.text(),
+            "stderr": execution.stderr.text(),
+            "locals": locals,
+            "execution_time": execution.usage.wall.as_secs_f64(),
+            "rlm_calls": execution.lm_calls.iter().map(call).collect::<Vec<_>>(),
+            "final_answer": execution.final_answer,
+        },
+    })
+}
+
+fn is_context(name: &str) -> bool {
+    let number = name.strip_prefix("context_");
+    name == "context" || number.is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Numbers as such, everything else as its `repr`.
+fn shown(variable: &Variable) -> Json {
+    let number = match variable.type_name.as_str() {
+        "int" | "float" => variable.repr.parse().ok().map(Json::Number),
+        "bool" => Some(Json::Bool(variable.repr == "True")),
+        "NoneType" => Some(Json::Null),
+        _ => None,
+    };
+    number.unwrap_or_else(|| variable.repr.clone().into())
+}
+
+/// `RLMChatCompletion`, with the numbers of tokens that the visualizer looks for.
+fn call(call: &LmCall) -> Json {
+    let completion = &call.completion;
+    let mut usage = UsageSummary::default();
+    usage.add(&completion.usage);
+    let mut entry = json!({
+        "root_model": completion.model,
+        "prompt": cut(call.prompt.to_text().into_owned(), TEXT_CHARS_MAX),
+        "response": cut(completion.response.clone(), TEXT_CHARS_MAX),
+        "usage_summary": usage.to_json(),
+        "execution_time": completion.execution_time.as_secs_f64(),
+        "prompt_tokens": usage.input_tokens(),
+        "completion_tokens": usage.output_tokens(),
+    });
+    if let Some(metadata) = &completion.metadata {
+        entry["metadata"] = metadata.clone();
+    }
+    entry
+}
