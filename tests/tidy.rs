@@ -31,6 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "tenant",
         ],
     ),
+    ("rlm", &["error", "environment", "limits", "lm", "value", "agent"]),
     (
         "wasm",
         &[
@@ -61,6 +62,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("wasmparser", &["wasm"]),
     ("wasm_encoder", &["wasm"]),
     ("lz4_flex", &["snapshot"]),
+    ("jiff", &["rlm"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("rustyline", &["cli"]),

@@ -122,8 +122,8 @@ mod tests {
             (vec![], None),
             (vec![block("", "", &[])], Some("REPL output:\nNo output".to_owned())),
             (
-                vec![block("hi\n", "", &[("answer", "dict"), ("f", "function"), ("n", "int")])],
-                Some("REPL output:\n\nhi\n\n\nREPL variables: ['answer', 'n']\n".into()),
+                vec![block("hi", "", &[("a", "dict"), ("f", "function")])],
+                Some("REPL output:\n\nhi\n\nREPL variables:... + [7 chars...]".into()),
             ),
             (
                 vec![block("", "\nValueError: x", &[])],
