@@ -1,10 +1,11 @@
 //! The command line: flags as typed (the structs of clap), what they mean (`session::Plan`), and
-//! what is done (`run`, `repl`, `image`, `snapshot`, `doctor`).
+//! what is done (`run`, `repl`, `complete`, `image`, `snapshot`, `doctor`).
 //!
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
 
 mod branches;
+mod complete;
 mod completion;
 mod console;
 mod doctor;
@@ -50,6 +51,14 @@ Environment:
 The first use on a machine downloads and compiles CPython, which takes some minutes and about
 600 MB.";
 
+const COMPLETE_AFTER_HELP: &str = "\
+Exit status:
+  0    there is an answer
+  2    wrong usage: a flag, or a file that a flag names
+  124  a limit of the run ended it: --max-timeout, --max-budget, --max-tokens, --max-calls, --max-errors
+  125  Kaa could not do its job, or the model could not be asked
+  130  Ctrl-C";
+
 /// Runs Python that nobody has read yet, in a WebAssembly sandbox.
 ///
 /// The code sees no files, no network and no environment variables of this machine unless a flag
@@ -76,6 +85,12 @@ enum Command {
     /// session. Commands begin with a colon: `:help` lists them. The history is kept in the cache
     /// directory.
     Repl(Box<repl::ReplFlags>),
+    /// Answer a question about a context that is too long for a model: the RLM loop
+    ///
+    /// A model writes cells that look at the context and ask sub-models about parts of it, until it
+    /// has the answer. The answer goes to stdout. Ctrl-C ends the run.
+    #[command(after_long_help = COMPLETE_AFTER_HELP)]
+    Complete(Box<complete::CompleteFlags>),
     /// Make, list and check the images that sessions start from
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -93,6 +108,8 @@ enum Ending {
     Done,
     /// With this cell's outcome.
     Cell(Outcome),
+    /// By a limit of the whole run.
+    Limit,
     /// By Ctrl-C.
     Interrupted,
     /// With the finding that Kaa doesn't work here.
@@ -145,6 +162,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(flags) => run::run(*flags),
         Command::Repl(flags) => repl::run(*flags),
+        Command::Complete(flags) => complete::run(*flags),
         Command::Image(command) => image::run(command),
         Command::Snapshot(command) => snapshot::run(command),
         Command::Doctor => doctor::run(),
@@ -160,6 +178,7 @@ fn exit_code(result: &Result<Ending, Failure>) -> u8 {
     match result {
         Ok(Ending::Done) | Err(Failure::Closed) => 0,
         Ok(Ending::Cell(outcome)) => (cell_code(*outcome) & 0xff) as u8,
+        Ok(Ending::Limit) => LIMIT,
         Ok(Ending::Interrupted) => INTERRUPTED,
         Ok(Ending::Unusable) | Err(Failure::Failed(_)) => FAILED,
         Err(Failure::Usage(_)) => USAGE,

@@ -2,10 +2,11 @@
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kaa::{
     Context, Environment, EnvironmentExt, EnvironmentOptions, Execution, Image, Limit, Outcome,
-    Runtime, Snapshot, Store, Value, inspect_snapshot,
+    Runtime, Snapshot, Store, Value, WasmBackend, inspect_snapshot,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -28,7 +29,7 @@ pub(super) struct Plan {
 
 /// What sessions begin with.
 pub(super) struct Base {
-    pub(super) runtime: Runtime,
+    pub(super) runtime: Arc<Runtime>,
     pub(super) image: Image,
     snapshot: Option<Snapshot>,
 }
@@ -43,6 +44,15 @@ impl Base {
             Some(snapshot) => self.runtime.resume(snapshot, options).map_err(refused)?,
             None => self.runtime.environment(&self.image, options)?,
         }))
+    }
+
+    /// Where sessions like the new one come from.
+    pub(super) fn backend(&self) -> Result<WasmBackend, Failure> {
+        let image = match &self.snapshot {
+            Some(snapshot) => self.runtime.template(snapshot).map_err(refused)?,
+            None => self.image.clone(),
+        };
+        Ok(WasmBackend::new(Arc::clone(&self.runtime), image))
     }
 
     /// Makes a session what it was when it was opened.
@@ -72,7 +82,7 @@ pub(super) fn store() -> Result<Store, Failure> {
 
 /// The engine and what a plan begins with; makes what is missing, and shows it.
 pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
-    let runtime = Runtime::open(store()?)?;
+    let runtime = Arc::new(Runtime::open(store()?)?);
     let display = Display::new(console);
     let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
     let image = header.as_ref().map_or(&plan.image, |header| &header.image.name);
