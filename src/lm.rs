@@ -5,8 +5,11 @@
 //! backend behaves alike; a handler only answers.
 
 mod script;
+mod server;
 mod socket;
+mod token;
 mod usage;
+mod wire;
 
 use std::time::Duration;
 
@@ -15,7 +18,9 @@ use futures_util::stream::{self, StreamExt};
 use serde_json::Value as Json;
 
 pub use self::script::ScriptedHandler;
+pub use self::server::{LmServer, LmServerOptions};
 pub use self::socket::SocketHandler;
+pub use self::token::LmToken;
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
 
