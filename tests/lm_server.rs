@@ -5,10 +5,7 @@
 //! Handlers here count the calls that are alive, so that a call left behind is seen.
 
 use std::future::{Future, pending};
-use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,7 +14,6 @@ use async_trait::async_trait;
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, ModelUsage, Prompt};
 use kaa::lm::{LmServer, LmServerOptions, LmToken, ScriptedHandler, SocketHandler};
 use regex::Regex;
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -41,13 +37,9 @@ impl LmHandler for Mock {
         }
         let own = if request.depth == 1 { "sub" } else { "mock" };
         let model = request.model.clone().unwrap_or_else(|| own.into());
-        let usage = ModelUsage {
-            model: model.clone(),
-            calls: 1,
-            input_tokens: 2,
-            output_tokens: 3,
-            cost: None,
-        };
+        let (calls, input_tokens, output_tokens) = (1, 2, 3);
+        let name = model.clone();
+        let usage = ModelUsage { model: name, calls, input_tokens, output_tokens, cost: None };
         Ok(LmCompletion {
             model,
             response: format!("\u{e9}:{prompt}"),
@@ -81,17 +73,13 @@ impl LmHandler for Hanging {
 
 impl Hanging {
     async fn reaches(&self, count: usize) {
-        until(async || self.0.load(Ordering::SeqCst) == count).await;
+        within(async {
+            while self.0.load(Ordering::SeqCst) != count {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        })
+        .await;
     }
-}
-
-async fn until(mut met: impl AsyncFnMut() -> bool) {
-    within(async {
-        while !met().await {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    })
-    .await;
 }
 
 async fn within<T>(future: impl Future<Output = T>) -> T {
@@ -166,13 +154,12 @@ fn request(prompt: &str) -> LmRequest {
 
 /// What a good completion looks like on the wire.
 fn completion(model: &str, prompt: &str, time: &str) -> String {
-    format!(r#"{{"root_model": "{model}", "prompt": "{prompt}", "response": "\u00e9:{prompt}", "#,)
-        + &format!(
-            r#""usage_summary": {{"model_usage_summaries": {{"{model}": {{"total_calls": 1, "#,
-        )
-        + &format!(
-            r#""total_input_tokens": 2, "total_output_tokens": 3}}}}}}, "execution_time": {time}}}"#,
-        )
+    let template = concat!(
+        r#"{"root_model": "MODEL", "prompt": "PROMPT", "response": "\u00e9:PROMPT", "#,
+        r#""usage_summary": {"model_usage_summaries": {"MODEL": {"total_calls": 1, "#,
+        r#""total_input_tokens": 2, "total_output_tokens": 3}}}, "execution_time": TIME}"#,
+    );
+    template.replace("MODEL", model).replace("PROMPT", prompt).replace("TIME", time)
 }
 
 fn single(completion: &str) -> String {
@@ -194,6 +181,7 @@ fn timeless(reply: &str) -> String {
 async fn goldens_of_rlm() {
     let server = serve(Mock).await;
     let missing = error("Missing 'prompt' or 'prompts' in request.");
+    let name = "Expecting property name enclosed in double quotes";
     let failed = concat!(
         r#"{"root_model": "sub", "prompt": "boom", "response": "", "#,
         r#""usage_summary": {"model_usage_summaries": {}}, "execution_time": 0.0, "#,
@@ -214,10 +202,7 @@ async fn goldens_of_rlm() {
         (r#"{"prompts":[]}"#, missing.clone()),
         ("{}", missing.clone()),
         ("[1]", error("Request must be a JSON object")),
-        (
-            "{bad",
-            error("Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        ),
+        ("{bad", error(&format!("{name}: line 1 column 2 (char 1)"))),
         ("", error("Expecting value: line 1 column 1 (char 0)")),
     ] {
         assert_eq!(timeless(&server.ask(payload).await), expected, "{payload}");
@@ -243,11 +228,9 @@ async fn only_the_first_frame_is_answered() {
     let mut stream = server.connect().await;
     let (mut reader, mut writer) = stream.split();
     let bytes = [frame(r#"{"prompt":"one","depth":0}"#), second].concat();
-    let sending = async {
-        writer.write_all(&bytes).await.unwrap();
-    };
     let mut received = Vec::new();
-    within(async { tokio::join!(sending, reader.read_to_end(&mut received)) }).await.1.unwrap();
+    let read = reader.read_to_end(&mut received);
+    within(async { tokio::try_join!(writer.write_all(&bytes), read) }).await.unwrap();
     let expected = frame(&single(&completion("mock", "one", "1.5e-06")));
     assert_eq!(String::from_utf8_lossy(&received), String::from_utf8_lossy(&expected));
     server.stop().await;
@@ -265,21 +248,14 @@ async fn kaas_own_client_gets_what_the_handler_gave() {
     let server = serve(handler).await;
     let client = server.client();
     let mut chat = request("");
-    chat.prompt = Prompt::Messages(json!([{"role": "user", "content": "\u{1f600}\u{0}\u{7f}"}]));
+    chat.prompt = Prompt::Messages(json!([{"role": "user", "content": "\u{1f600}\u{0}"}]));
     for (request, expected) in [
         (request("\u{e9}\u{1f600}\"\\"), Ok("\u{e9}\u{1f600}\"\\ None 1")),
         (
             LmRequest { model: Some("m\u{e9}".into()), depth: 7, ..request("a") },
             Ok("a Some(\"m\u{e9}\") 7"),
         ),
-        (
-            chat.clone(),
-            Ok(concat!(
-                r#"[{"content":"#,
-                "\"\u{1f600}\\u0000\u{7f}\"",
-                r#","role":"user"}] None 1"#
-            )),
-        ),
+        (chat.clone(), Ok("[{\"content\":\"\u{1f600}\\u0000\",\"role\":\"user\"}] None 1")),
         (request("fail"), Err("caf\u{e9} is closed")),
         (request(""), Err("Missing 'prompt' or 'prompts' in request.")),
     ] {
@@ -295,46 +271,39 @@ async fn kaas_own_client_gets_what_the_handler_gave() {
     server.stop().await;
 }
 
-/// Answers from a function of the request, for what scripts can't say.
-struct From<F>(F);
+/// Says as little as it may, and to a batch too little.
+struct Sparse;
 
 #[async_trait]
-impl<F: Fn(&LmRequest) -> LmCompletion + Send + Sync> LmHandler for From<F> {
-    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
-        Ok((self.0)(request))
+impl LmHandler for Sparse {
+    async fn complete(&self, _: &LmRequest) -> Result<LmCompletion, LmError> {
+        let metadata = Some(json!({"iterations": 2}));
+        Ok(LmCompletion { model: "m".into(), metadata, ..LmCompletion::default() })
     }
 
     async fn complete_batch(
         &self,
-        requests: &[LmRequest],
-        _concurrency: usize,
+        _: &[LmRequest],
+        _: usize,
     ) -> Vec<Result<LmCompletion, LmError>> {
-        // One too few.
-        requests[1..].iter().map(|request| Ok((self.0)(request))).collect()
+        Vec::new()
     }
 }
 
 #[tokio::test]
 async fn what_a_handler_leaves_out_is_filled_in() {
-    let server = serve(From(|_: &LmRequest| LmCompletion {
-        model: "m".into(),
-        metadata: Some(json!({"iterations": 2})),
-        ..LmCompletion::default()
-    }))
-    .await;
+    let server = serve(Sparse).await;
     let reply = server.ask(r#"{"prompt": "a"}"#).await;
-    let usage = r#"{"m": {"total_calls": 0, "total_input_tokens": 0, "total_output_tokens": 0}}"#;
-    let expected =
-        format!(r#"{{"root_model": "m", "prompt": "a", "response": "", "usage_summary": {{"#,)
-            + &format!(r#""model_usage_summaries": {usage}}}, "execution_time": 0.0, "#)
-            + r#""metadata": {"iterations": 2}}"#;
-    assert_eq!(reply, single(&expected));
+    let expected = concat!(
+        r#"{"root_model": "m", "prompt": "a", "response": "", "usage_summary": "#,
+        r#"{"model_usage_summaries": {"m": {"total_calls": 0, "total_input_tokens": 0, "#,
+        r#""total_output_tokens": 0}}}, "execution_time": 0.0, "metadata": {"iterations": 2}}"#,
+    );
+    assert_eq!(reply, single(expected));
     let answer = server.client().complete(&request("a")).await.unwrap();
     assert_eq!(answer.metadata, Some(json!({"iterations": 2})));
-    assert_eq!(
-        server.ask(r#"{"prompts": ["a", "b"]}"#).await,
-        error("the handler gave 1 answers to 2 prompts")
-    );
+    let reply = server.ask(r#"{"prompts": ["a", "b"]}"#).await;
+    assert_eq!(reply, error("the handler gave 0 answers to 2 prompts"));
     server.stop().await;
 }
 
@@ -403,8 +372,7 @@ async fn requests_may_come_byte_by_byte_but_not_for_ever() {
 
 #[tokio::test]
 async fn a_handler_that_takes_too_long_is_dropped() {
-    let handler = Hanging::default();
-    let answer_timeout = Duration::from_millis(50);
+    let (handler, answer_timeout) = (Hanging::default(), Duration::from_millis(50));
     let options = LmServerOptions { answer_timeout, ..Default::default() };
     let server = serve_with(handler.clone(), options).await;
     for payload in [r#"{"prompt": "a"}"#, r#"{"prompts": ["a", "b"]}"#] {
@@ -528,7 +496,6 @@ async fn a_token_is_asked_for_and_never_shown() {
 #[tokio::test]
 async fn what_cannot_be_served_is_refused_with_a_remedy() {
     let options = LmServerOptions::default;
-    let second = Duration::ZERO;
     for (address, options, expected) in [
         ("0.0.0.0:0", options(), "set a token, or listen at 127.0.0.1"),
         ("[::]:0", options(), "set a token, or listen at 127.0.0.1"),
@@ -542,7 +509,7 @@ async fn what_cannot_be_served_is_refused_with_a_remedy() {
         ),
         (
             "127.0.0.1:0",
-            LmServerOptions { answer_timeout: second, ..options() },
+            LmServerOptions { answer_timeout: Duration::ZERO, ..options() },
             "answer_timeout: it must be more than 0",
         ),
     ] {
@@ -600,8 +567,8 @@ async fn a_server_that_ends_leaves_nothing_behind() {
             stream.write_all(&frame(r#"{"prompt": "a"}"#)).await.unwrap();
             streams.push(stream);
         }
-        let idle = server.connect().await;
-        streams.push(idle);
+        // One that asks nothing.
+        streams.push(server.connect().await);
         handler.reaches(100).await;
         let address = server.address;
         if dropped {
@@ -629,97 +596,4 @@ async fn a_handler_that_panics_costs_one_reply() {
     assert!(server.client().complete(&request("panic")).await.is_err());
     assert_eq!(server.client().complete(&request("a")).await.unwrap().response, "fine");
     server.stop().await;
-}
-
-/// `kaa lm serve` with these flags, over a script in a directory of its own.
-fn program(directory: &Path, flags: &[&str]) -> Command {
-    let script = r#"{"rules": [{"contains": "boom", "error": "kaput"}],
-        "default": {"response": "heard ${prompt}"}}"#;
-    std::fs::write(directory.join("script.json"), script).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kaa"));
-    command.current_dir(directory).args(["lm", "serve"]).args(flags);
-    command.env("KAA_TEST_TOKEN", TOKEN).env("KAA_TEST_SHORT", "short");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-#[tokio::test]
-async fn the_program_serves_until_a_signal_and_says_what_it_cost() {
-    let here = tempfile::tempdir().unwrap();
-    std::fs::write(here.path().join("token"), format!("{TOKEN}\n")).unwrap();
-    for (flags, signal, code) in [
-        (&["--lm-script", "script.json"][..], Signal::TERM, 0),
-        (&["--lm-script", "script.json", "--token-env", "KAA_TEST_TOKEN"], Signal::INT, 130),
-        (
-            &[
-                "--lm-script",
-                "script.json",
-                "--token-file",
-                "token",
-                "--listen",
-                "0.0.0.0:0",
-                "--max-connections",
-                "1",
-                "--request-bytes",
-                "1K",
-                "--timeout",
-                "5s",
-            ],
-            Signal::TERM,
-            0,
-        ),
-    ] {
-        let mut child = program(here.path(), flags).spawn().unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
-        let address = line.trim_end().strip_prefix("listening on ").expect("the address");
-        let port = address.rsplit_once(':').unwrap().1;
-        let mut client = SocketHandler::new(format!("127.0.0.1:{port}")).unwrap();
-        let no_token = client.complete(&request("a")).await;
-        assert_eq!(no_token.is_ok(), flags.len() == 2, "{no_token:?}");
-        client = client.with_token(LmToken::new(TOKEN).unwrap());
-        let answers = client.complete_batch(&["\u{e9}", "boom"].map(request), 1).await;
-        assert_eq!(answers[0].as_ref().unwrap().response, "heard \u{e9}");
-        let failed = &answers[1].as_ref().unwrap_err().message;
-        assert_eq!(failed, "llm() call failed - kaput");
-
-        let pid = Pid::from_raw(child.id().try_into().unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
-        let (mut rest, mut stderr) = (String::new(), String::new());
-        stdout.read_to_string(&mut rest).unwrap();
-        child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-        assert_eq!(child.wait().unwrap().code(), Some(code), "{stderr}");
-        assert_eq!(rest, "");
-        let calls = 1 + usize::from(no_token.is_ok());
-        assert!(stderr.starts_with(&format!("kaa: answered: {calls} calls, ")), "{stderr}");
-        assert!(stderr.contains("; 1 failed\nkaa: scripted: "), "{stderr}");
-        assert!(!stderr.contains(TOKEN));
-    }
-}
-
-#[test]
-fn wrong_usage_is_named() {
-    let here = tempfile::tempdir().unwrap();
-    std::fs::write(here.path().join("short"), "short\n").unwrap();
-    let script = ["--lm-script", "script.json"];
-    for (flags, expected) in [
-        (&[][..], "kaa: nobody would answer: say who, for example with --lm-script FILE"),
-        (&["--listen", "0.0.0.0:0"], "--listen: other machines may reach 0.0.0.0:0; set a token"),
-        (&["--listen", "nowhere"], "--listen: write HOST:PORT, for example 127.0.0.1:0"),
-        (&["--max-connections", "0"], "--max-connections: it must be more than 0"),
-        (&["--timeout", "0"], "it must be more than 0"),
-        (&["--token-env", "KAA_TEST_UNSET"], "--token-env KAA_TEST_UNSET: it is not set here"),
-        (&["--token-env", "KAA_TEST_SHORT"], "--token-env KAA_TEST_SHORT: it has 5 bytes; take 16"),
-        (&["--token-file", "missing"], "--token-file: missing: No such file"),
-        (&["--token-file", "short"], "--token-file: short: it has 5 bytes; take 16"),
-        (&["--token-file", "short", "--token-env", "X"], "cannot be used with"),
-    ] {
-        let lm = if flags.is_empty() { &[][..] } else { &script };
-        let output = program(here.path(), &[flags, lm].concat()).output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
-        assert!(stderr.contains(expected), "{flags:?}: {stderr}");
-        assert!(output.stdout.is_empty());
-    }
 }

@@ -102,6 +102,7 @@ impl LmServerOptions {
 /// | values in the JSON of a request, fixed | 1 048 576 | error reply |
 /// | the client's closing once it has its reply, fixed | 2 s | the connection is closed |
 ///
+/// A client whose frame is too large may go on sending, to nobody, until `receive_timeout` ends.
 /// So clients can make it hold `connections_max` times `request_bytes_max`, before any token is
 /// read: lower both where it listens to more than this machine.
 ///
@@ -113,9 +114,9 @@ impl LmServerOptions {
 ///
 /// # Cancellation
 ///
-/// A client that closes its connection cancels its call: the handler's future is dropped. TCP doesn't
-/// tell a closed connection from one whose client only stopped sending, so a client must keep its
-/// sending side open until it has its reply, as RLM's and Kaa's do.
+/// A client that closes its connection cancels its call: the handler's future is dropped. TCP
+/// doesn't tell a closed connection from one whose client only stopped sending, so a client must
+/// keep its sending side open until it has its reply, as RLM's and Kaa's do.
 ///
 /// # Example
 ///
@@ -172,7 +173,8 @@ impl LmServer {
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() {
     /// let echo = Arc::new(ScriptedHandler::echo());
-    /// let error = LmServer::bind("0.0.0.0:0", echo, LmServerOptions::default()).await.unwrap_err();
+    /// let options = LmServerOptions::default();
+    /// let error = LmServer::bind("0.0.0.0:0", echo, options).await.unwrap_err();
     /// assert_eq!(
     ///     error.to_string(),
     ///     "listen address \"0.0.0.0:0\": other machines may reach 0.0.0.0:0; set a token, or \
@@ -364,7 +366,7 @@ fn encode(reply: &Reply<'_>) -> Result<Vec<u8>, String> {
     reply.encode().map_err(|error| format!("the answer can't be sent as JSON: {error}"))
 }
 
-/// Ready when the client has closed its side, or the connection broke; what it sends is thrown away.
+/// Ready when the client has closed its side or the connection broke; throws away what it sends.
 async fn gone(reader: &mut (impl AsyncRead + Unpin)) {
     let mut discarded = vec![0; DISCARD_BYTES];
     while let Ok(1..) = reader.read(&mut discarded).await {}

@@ -364,6 +364,10 @@ impl CompletionJson {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::{Strategy, any, prop_oneof};
+    use proptest::sample;
+
     use super::*;
 
     #[test]
@@ -457,6 +461,43 @@ mod tests {
         let many = format!("[{}1]", "1,".repeat(REQUEST_VALUES_MAX));
         let error = asked(&many).unwrap_err();
         assert_eq!(error, "the request has more than 1048576 JSON values");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_comes_is_a_request_or_an_error(pieces in pieces()) {
+            let _ = read_object(pieces.concat()).and_then(|request| Asked::read(request, 2));
+        }
+    }
+
+    /// Texts that are almost requests.
+    fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
+        let words = [
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            ":",
+            "\"",
+            "\\",
+            " ",
+            "\n",
+            "\"prompt\":",
+            "\"prompts\":",
+            "\"depth\":",
+            "1",
+            "-1e9",
+            "null",
+            "\"a\"",
+            "\\ud83d",
+            "\\u",
+            "{\"",
+            "\u{e9}",
+        ];
+        let words: Vec<Vec<u8>> = words.map(Vec::from).into();
+        let piece = prop_oneof![sample::select(words), vec(any::<u8>(), 1)];
+        vec(piece, 0..30)
     }
 
     #[test]
