@@ -99,12 +99,12 @@ impl LmServerOptions {
 /// | `connections_max` | 256 | they wait in the system's queue until one ends |
 /// | `prompts_max` in a request | 10 000 | error reply |
 /// | `batch_concurrency`, prompts of a batch at once | 16 | they wait |
-/// | values in the JSON of a request, fixed | 1 048 576 | error reply |
+/// | values in the JSON of a request, fixed | 262 144 | error reply |
 /// | the client's closing once it has its reply, fixed | 2 s | the connection is closed |
 ///
 /// A client whose frame is too large may go on sending, to nobody, until `receive_timeout` ends.
-/// So clients can make it hold `connections_max` times `request_bytes_max`, before any token is
-/// read: lower both where it listens to more than this machine.
+/// So clients can make it hold about twice `connections_max` times `request_bytes_max`, before any
+/// token is read: lower both where it listens to more than this machine.
 ///
 /// # Who may ask
 ///

@@ -21,8 +21,9 @@ const NO_COMPLETION: &str = "LM query failed - 'NoneType' object has no attribut
 const NO_PROMPT: &str = "Missing 'prompt' or 'prompts' in request.";
 /// RLM's depth of a request that has none.
 const DEPTH_MISSING: i32 = -1;
-/// JSON values that a request may have: a batch of the longest list has room for a hundred each.
-pub(super) const REQUEST_VALUES_MAX: usize = 1 << 20;
+/// JSON values that a request may have, see [`values_at_most`]: the smallest objects of this number
+/// take some 80 MB, and a batch of ten thousand chats has room for eight messages in each.
+const REQUEST_VALUES_MAX: usize = 1 << 18;
 
 /// A request as a client sends it.
 #[derive(Serialize)]
@@ -460,7 +461,7 @@ mod tests {
         assert!(deep.starts_with("Invalid JSON: recursion limit"), "{deep}");
         let many = format!("[{}1]", "1,".repeat(REQUEST_VALUES_MAX));
         let error = asked(&many).unwrap_err();
-        assert_eq!(error, "the request has more than 1048576 JSON values");
+        assert_eq!(error, "the request has more than 262144 JSON values");
     }
 
     proptest::proptest! {
