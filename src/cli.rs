@@ -1,5 +1,5 @@
 //! The command line: flags as typed (the structs of clap), what they mean (`session::Plan`), and
-//! what is done (`run`, `repl`, `complete`, `image`, `snapshot`, `doctor`).
+//! what is done (`run`, `repl`, `complete`, `image`, `snapshot`, `lm`, `doctor`).
 //!
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
@@ -11,6 +11,7 @@ mod console;
 mod doctor;
 mod flags;
 mod image;
+mod lm;
 mod models;
 mod progress;
 mod record;
@@ -97,6 +98,9 @@ enum Command {
     /// Look into snapshot files
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
+    /// Answer language model calls of others
+    #[command(subcommand)]
+    Lm(lm::LmCommand),
     /// Say what works on this machine, and why the rest doesn't
     Doctor,
 }
@@ -165,6 +169,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Complete(flags) => complete::run(*flags),
         Command::Image(command) => image::run(command),
         Command::Snapshot(command) => snapshot::run(command),
+        Command::Lm(command) => lm::run(command),
         Command::Doctor => doctor::run(),
     };
     if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {

@@ -6,8 +6,11 @@
 
 mod budget;
 mod script;
+mod server;
 mod socket;
+mod token;
 mod usage;
+mod wire;
 
 use std::time::Duration;
 
@@ -17,7 +20,9 @@ use serde_json::Value as Json;
 
 pub use self::budget::{Budget, BudgetLimits, BudgetPart, Exhausted, Spent};
 pub use self::script::ScriptedHandler;
+pub use self::server::{LmServer, LmServerOptions};
 pub use self::socket::SocketHandler;
+pub use self::token::LmToken;
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
 
