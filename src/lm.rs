@@ -6,6 +6,7 @@
 
 mod script;
 mod socket;
+mod upstream;
 mod usage;
 
 use std::time::Duration;
@@ -16,6 +17,9 @@ use serde_json::Value as Json;
 
 pub use self::script::ScriptedHandler;
 pub use self::socket::SocketHandler;
+pub use self::upstream::{
+    AnthropicHandler, HttpProxy, OpenAiHandler, Price, Retries, Secret, UpstreamOptions,
+};
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
 

@@ -218,7 +218,7 @@ impl LmHandler for ScriptedHandler {
     }
 }
 
-fn tokens(text: &str) -> u64 {
+pub(super) fn tokens(text: &str) -> u64 {
     text.chars().count().div_ceil(TOKEN_CHARS) as u64
 }
 
