@@ -81,13 +81,15 @@ impl Upstream {
     async fn post(&self, body: Vec<u8>) -> Result<Vec<u8>, LmError> {
         let timeout = self.options.timeout;
         let deadline = time::Instant::now() + timeout;
-        let Ok(turn) = time::timeout_at(deadline, self.turns.acquire()).await else {
+        let turn = time::timeout_at(deadline, self.turns.acquire()).await;
+        // A turn that comes with the deadline is of no use.
+        let turn = turn.ok().and_then(Result::ok).filter(|_| time::Instant::now() < deadline);
+        let Some(_turn) = turn else {
             let most = self.options.concurrency;
             return Err(self.error(format!(
-                "no turn within {timeout:?}: {most} calls were under way all the time"
+                "no turn within {timeout:?}: there were {most} calls under way all the time"
             )));
         };
-        let _turn = turn.map_err(|_| self.error("the handler is closed"))?;
         let request = self.transport.request(body);
         let mut tries = 0;
         loop {

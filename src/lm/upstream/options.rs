@@ -205,7 +205,7 @@ impl Default for UpstreamOptions {
 
 impl UpstreamOptions {
     /// What can be said about them without the server.
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(in crate::lm) fn validate(&self) -> Result<()> {
         let within = |what: &str, time: Duration| match time {
             Duration::ZERO => Err(Error::invalid(what, "it must be more than 0")),
             time if time > TIMEOUT_MAX => Err(Error::invalid(what, "it must be at most 24 hours")),
@@ -218,7 +218,7 @@ impl UpstreamOptions {
             return Err(Error::invalid("concurrency", reason));
         }
         if self.output_tokens_max == Some(0) {
-            return Err(Error::invalid("max_output_tokens", "it must be more than 0"));
+            return Err(Error::invalid("output_tokens_max", "it must be more than 0"));
         }
         if let Some(Price { input, output }) = self.price
             && ![input, output].iter().all(|price| price.is_finite() && *price >= 0.0)
