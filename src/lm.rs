@@ -4,6 +4,8 @@
 //! [`LmHandler`]. Budgets and the wording of errors are the environment's affair, so that every
 //! backend behaves alike; a handler only answers.
 
+mod config;
+mod router;
 mod script;
 mod socket;
 mod upstream;
@@ -15,6 +17,8 @@ use async_trait::async_trait;
 use futures_util::stream::{self, StreamExt};
 use serde_json::Value as Json;
 
+pub use self::config::{HttpModel, KeySource, ModelConfig, ModelSource, ModelsConfig};
+pub use self::router::{ModelRouter, ModelRouterBuilder};
 pub use self::script::ScriptedHandler;
 pub use self::socket::SocketHandler;
 pub use self::upstream::{
