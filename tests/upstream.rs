@@ -152,8 +152,9 @@ async fn chats_take_the_form_of_their_provider() {
         format!("m: the prompt is neither a text nor a chat: item {item} must be an object such as")
     };
     let messages = |list: Json| Ok(json!({"messages": list}));
+    type Sent = Result<Json, String>;
     // What OpenAI's interface gets as messages, and Anthropic's as messages and system.
-    let cases: Vec<(Json, Result<Json, String>, Result<Json, String>)> = vec![
+    let cases: Vec<(Json, Sent, Sent)> = vec![
         (user("a"), messages(json!([user("a")])), messages(json!([said("user", &["a"])]))),
         (
             json!([system, user("a"), user("b"), said("assistant", &["c"])]),
@@ -223,7 +224,13 @@ async fn answers_are_read_in_all_their_forms() {
     let text = |content: Json| choice(json!({"content": content}));
     let block = |content: Json| json!({"content": content}).to_string();
     // Whether it's OpenAI's, the body, and what becomes of it.
+    let huge_text = json!({"choices": "x".repeat(1_000_000)}).to_string();
     let cases: Vec<(bool, String, Result<&str, &str>)> = vec![
+        (
+            true,
+            huge_text,
+            Err("m: the answer has not the form of a completion: invalid type: string"),
+        ),
         (true, text(json!("a")), Ok("a")),
         (true, text(json!("")), Ok("")),
         (true, text(json!([{"type": "text", "text": "a"}, {"text": "b"}])), Ok("ab")),
@@ -273,7 +280,8 @@ async fn answers_are_read_in_all_their_forms() {
             "{\"choices\": [{\"message\": {\"content\": \"a \\ud83d b\"}}]}".into(),
             Ok("a \u{fffd} b"),
         ),
-        (true, "[".repeat(100_000), Err("m: the answer is not JSON: recursion limit exceeded")),
+        (true, "[".repeat(100_000), Err("m: the answer has not the form of a completion")),
+        (true, "{\"a\": ".to_owned() + &"[".repeat(100_000), Err("m: the answer is not JSON: EOF")),
         (
             false,
             block(json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
@@ -306,7 +314,10 @@ async fn answers_are_read_in_all_their_forms() {
         let body = &body[..body.len().min(100)];
         match (&result, expected) {
             (Ok(found), Ok(expected)) => assert_eq!(found, expected, "{body}"),
-            (Err(found), Err(expected)) => assert!(found.starts_with(expected), "{body}: {found}"),
+            (Err(found), Err(expected)) => {
+                assert!(found.starts_with(expected), "{body}: {found}");
+                assert!(found.chars().count() < 600, "{body}");
+            }
             _ => panic!("{body}: {result:?}, not {expected:?}"),
         }
         assert_eq!(server.counts().requests, 1, "{body}");
@@ -629,6 +640,13 @@ async fn secrets_are_not_seen() {
     shown += &format!("{handler:?}");
     let error = say(&handler, "x").await.unwrap_err();
     assert_eq!(error, "m: HTTP 401: no such key: [secret], team [secret]");
+
+    // Not even where a message is cut.
+    let server = always(Reply::error(400, &("x".repeat(490) + KEY)));
+    let key = Some(Secret::new(KEY));
+    let handler = openai(UpstreamOptions { key, ..self::options(server.openai_url()) });
+    let error = say(&handler, "x").await.unwrap_err();
+    assert!(error.ends_with("x[secret]"), "{error}");
     for secret in [KEY, "blue-team-secret", "proxy-secret"] {
         assert!(!shown.contains(secret), "{secret}: {shown}");
     }

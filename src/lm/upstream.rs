@@ -65,16 +65,9 @@ impl Upstream {
         Ok(Self { model, options, transport, turns })
     }
 
-    /// An error of this model. A server may quote the key that it refuses: that part is left out.
+    /// An error of this model.
     fn error(&self, reason: impl std::fmt::Display) -> LmError {
-        let mut message = format!("{}: {reason}", self.model);
-        let headers = self.options.headers.iter().map(|(_, value)| value);
-        for secret in self.options.key.iter().chain(headers) {
-            if !secret.expose().is_empty() {
-                message = message.replace(secret.expose(), "[secret]");
-            }
-        }
-        LmError::new(message)
+        LmError::new(format!("{}: {reason}", self.model))
     }
 
     /// The answer to `body`, after as many tries as it takes and may take.
@@ -147,15 +140,22 @@ impl Upstream {
         wanted: impl FnOnce(T) -> Result<Answer, String>,
     ) -> Result<Answer, LmError> {
         replace_lone_surrogates(&mut bytes);
+        let quote = |text: &str| self.transport.quote(text);
         match serde_json::from_slice(&bytes) {
-            Ok(reply) => wanted(reply).map_err(|reason| match said_instead(&bytes) {
-                Some(said) => self.error(format!("the server says: {said}")),
-                None => self.error(reason),
+            Ok(reply) => wanted(reply).map_err(|reason| match is_failure(&bytes) {
+                true => self.error(format!("the server says: {}", self.transport.said(&bytes))),
+                false => self.error(quote(&reason)),
             }),
-            Err(e) if e.classify() == Category::Data => {
-                Err(self.error(format!("the answer has not the form of a completion: {e}")))
-            }
-            Err(e) => Err(self.error(format!("the answer is not JSON: {e}"))),
+            // These quote what they don't want.
+            Err(e) => Err(self.error(match e.classify() {
+                Category::Data => {
+                    format!(
+                        "the answer has not the form of a completion: {}",
+                        quote(&e.to_string())
+                    )
+                }
+                _ => format!("the answer is not JSON: {}", quote(&e.to_string())),
+            })),
         }
     }
 
@@ -204,14 +204,11 @@ fn after(tries: u32) -> String {
 }
 
 /// Some servers say that they failed with the status of success.
-fn said_instead(bytes: &[u8]) -> Option<String> {
+fn is_failure(bytes: &[u8]) -> bool {
     const FAILURE_BYTES_MAX: usize = 64 << 10;
-    if bytes.len() > FAILURE_BYTES_MAX {
-        return None;
-    }
-    let json: Json = serde_json::from_slice(bytes).ok()?;
-    json.get("error").filter(|error| !error.is_null())?;
-    Some(transport::said(bytes))
+    let json: Option<Json> =
+        (bytes.len() <= FAILURE_BYTES_MAX).then(|| serde_json::from_slice(bytes).ok()).flatten();
+    json.is_some_and(|json| json.get("error").is_some_and(|error| !error.is_null()))
 }
 
 /// The messages of a chat: an object or a list of them, each with a role.

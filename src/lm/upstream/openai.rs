@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use super::reply::{Count, First, Text};
-use super::{Answer, Upstream, UpstreamOptions, UserText, messages, transport};
+use super::{Answer, Upstream, UpstreamOptions, UserText, messages};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -155,12 +155,8 @@ impl ReplyJson {
         let message = choice.message.ok_or("the answer's choice has no message")?;
         let Some(text) = message.content.0 else {
             return Err(match (message.refusal, choice.finish_reason) {
-                (Some(refusal), _) => {
-                    format!("the model refused: {}", transport::plain(&refusal))
-                }
-                (None, Some(why)) => {
-                    format!("the answer has no text (finish_reason {})", transport::plain(&why))
-                }
+                (Some(refusal), _) => format!("the model refused: {refusal}"),
+                (None, Some(why)) => format!("the answer has no text (finish_reason {why})"),
                 (None, None) => "the answer has no text".into(),
             });
         };

@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 const ERROR_BYTES_MAX: usize = 64 << 10;
 /// Characters of what a server says that go into a message.
 const SAID_CHARS_MAX: usize = 500;
+/// What is shorter is no key, and would be found in any text.
+const SECRET_BYTES_MIN: usize = 8;
 /// A quiet connection is given up after this; servers do so after a minute or more.
 const POOL_IDLE: Duration = Duration::from_secs(50);
 
@@ -52,6 +54,7 @@ pub(super) struct Transport {
     connect_timeout: Duration,
     answer_bytes_max: usize,
     key_hint: String,
+    secrets: Vec<Secret>,
 }
 
 impl Transport {
@@ -100,7 +103,34 @@ impl Transport {
             connect_timeout: options.connect_timeout,
             answer_bytes_max: options.answer_bytes_max,
             key_hint: options.key_hint.clone(),
+            secrets: options
+                .key
+                .iter()
+                .chain(options.headers.iter().map(|(_, value)| value))
+                .filter(|secret| secret.expose().len() >= SECRET_BYTES_MIN)
+                .cloned()
+                .collect(),
         })
+    }
+
+    /// A text that came from the server, fit for a message: a server may quote the key that it
+    /// refuses, so secrets are taken out before the text is cut.
+    pub(super) fn quote(&self, text: &str) -> String {
+        let hide = |text: String, secret: &Secret| text.replace(secret.expose(), "[secret]");
+        plain(&self.secrets.iter().fold(text.to_owned(), hide))
+    }
+
+    /// The provider's own message in the body of an error; the body itself if it's of another form.
+    pub(super) fn said(&self, body: &[u8]) -> String {
+        let json: Option<Json> = serde_json::from_slice(body).ok();
+        let places = ["/error/message", "/error", "/message", "/detail"];
+        let message = json.as_ref().and_then(|json| {
+            places.iter().find_map(|place| json.pointer(place).and_then(Json::as_str))
+        });
+        match message {
+            Some(message) => self.quote(message),
+            None => self.quote(&String::from_utf8_lossy(body)),
+        }
     }
 
     /// A request with this body; its clones share it.
@@ -167,7 +197,7 @@ impl Transport {
         if status == StatusCode::NOT_FOUND {
             reason += &format!(" at {}", self.url);
         }
-        let said = said(&body);
+        let said = self.said(&body);
         if !said.is_empty() {
             reason += &format!(": {said}");
         }
@@ -193,7 +223,7 @@ impl Transport {
             "HTTP {}: redirected to {}; redirects are not followed, so that the key stays here: \
              if that is right, write the new address as the base URL",
             response.status().as_u16(),
-            plain(host)
+            self.quote(host)
         ))
     }
 
@@ -339,26 +369,13 @@ fn root(error: &reqwest::Error) -> &dyn StdError {
     found
 }
 
-/// The provider's own message in the body of an error; the body itself if it's of another form.
-pub(super) fn said(body: &[u8]) -> String {
-    let json: Option<Json> = serde_json::from_slice(body).ok();
-    let places = ["/error/message", "/error", "/message", "/detail"];
-    let message = json.as_ref().and_then(|json| {
-        places.iter().find_map(|place| json.pointer(place).and_then(Json::as_str))
-    });
-    match message {
-        Some(message) => plain(message),
-        None => plain(&String::from_utf8_lossy(body)),
-    }
-}
-
 fn said_code(body: &[u8]) -> Option<String> {
     let json: Json = serde_json::from_slice(body).ok()?;
     json.pointer("/error/code").and_then(Json::as_str).map(str::to_owned)
 }
 
 /// One line, without control characters, of at most 500 characters.
-pub(super) fn plain(text: &str) -> String {
+fn plain(text: &str) -> String {
     let text = text.trim();
     let mut chars = text.chars().map(|c| if c.is_control() { ' ' } else { c });
     let mut plain: String = chars.by_ref().take(SAID_CHARS_MAX).collect();
