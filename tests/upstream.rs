@@ -547,6 +547,26 @@ async fn a_storm_of_429_passes() {
 }
 
 #[tokio::test]
+async fn a_rate_per_second_is_waited_for() {
+    let limits = ChatOptions {
+        jitter: Duration::from_millis(10),
+        per_second_max: Some(20),
+        retry_after: Some("0.2".into()),
+        ..ChatOptions::default()
+    };
+    let server = ChatServer::start(limits, |_| "a");
+    let mut options = options(server.openai_url());
+    options.retries.max = 50;
+    let handler = openai(options);
+    let start = Instant::now();
+    let answers = join_all((0..30).map(|_| say(&handler, "x"))).await;
+    assert!(answers.iter().all(Result::is_ok));
+    assert!(start.elapsed() >= Duration::from_millis(200));
+    let counts = server.counts();
+    assert!(counts.rate_limited >= 10, "{counts:?}");
+}
+
+#[tokio::test]
 async fn dropping_a_call_ends_it() {
     let drip = Reply::Drip("a".repeat(100_000), Duration::from_millis(2));
     let endless = Reply::Huge { bytes: u64::MAX, declared: false };

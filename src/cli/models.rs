@@ -30,7 +30,8 @@ pub(super) struct LmFlags {
     /// Model for calls from cells that name none, if it is another than --model
     #[arg(long, value_name = "SPEC")]
     sub_model: Option<String>,
-    /// TOML file of models, their limits and prices; cells ask for them by name
+    /// TOML file of models, their limits and prices; cells ask for them by name. Paths in it begin
+    /// at the current directory
     #[arg(long, value_name = "FILE")]
     models: Option<PathBuf>,
     /// Address of the server for openai:NAME (as https://HOST/v1) or anthropic:NAME; it gets no key

@@ -16,7 +16,7 @@ const BASE_URL: &str = "https://api.openai.com/v1";
 ///
 /// A text is sent as one message of a user; a chat as it is. What is asked is always the model that the
 /// handler was made for; a name that the guest gives is only repeated in the
-/// [completion](LmCompletion::model) (to choose by name there is [`ModelRouter`](super::ModelRouter)).
+/// [completion](LmCompletion::model) (to choose by name there is [`ModelRouter`](crate::lm::ModelRouter)).
 /// Usage is booked under the handler's name for the model: the server's count of tokens, or where it
 /// gives none one per four characters.
 ///
