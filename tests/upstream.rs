@@ -558,12 +558,11 @@ async fn a_rate_per_second_is_waited_for() {
     let mut options = options(server.openai_url());
     options.retries.max = 50;
     let handler = openai(options);
-    let start = Instant::now();
     let answers = join_all((0..30).map(|_| say(&handler, "x"))).await;
     assert!(answers.iter().all(Result::is_ok));
-    assert!(start.elapsed() >= Duration::from_millis(200));
     let counts = server.counts();
-    assert!(counts.rate_limited >= 10, "{counts:?}");
+    assert!(counts.rate_limited > 0, "{counts:?}");
+    assert_eq!(counts.requests - counts.rate_limited, 30);
 }
 
 #[tokio::test]
