@@ -238,6 +238,16 @@ impl Store {
             .map_err(|e| Error::io(format!("writing {}", place.display()), e))
     }
 
+    /// As [`name`](Self::name), where another version of Kaa that uses the same store may have
+    /// given the name to its own image meanwhile. A store that can't be written keeps it that way:
+    /// the image is found by its key.
+    pub(crate) fn ensure_name(&self, name: &str, key: &str) {
+        let named = fs::read(self.root.join("names").join(name));
+        if !named.is_ok_and(|named| named == key.as_bytes()) {
+            let _ = self.name(name, key);
+        }
+    }
+
     /// The images that have names, sorted by name. One that can't be read is an error in its place.
     ///
     /// # Errors
@@ -480,6 +490,11 @@ mod tests {
         let (_parent, store) = store();
         let manifest = entry(&store, "one");
         assert_eq!(store.manifest_by_name("one").unwrap(), manifest);
+        // Another version made its own image of that name.
+        store.name("one", &entry(&store, "two").key).unwrap();
+        store.ensure_name("one", &manifest.key);
+        assert_eq!(store.manifest_by_name("one").unwrap(), manifest);
+        store.remove("two").unwrap();
         assert_eq!(store.list().unwrap().len(), 1);
         store.remove("one").unwrap();
         assert!(!store.image(&manifest.key).exists());

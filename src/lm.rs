@@ -5,10 +5,13 @@
 //! backend behaves alike; a handler only answers.
 
 mod budget;
+mod config;
+mod router;
 mod script;
 mod server;
 mod socket;
 mod token;
+mod upstream;
 mod usage;
 mod wire;
 
@@ -19,10 +22,15 @@ use futures_util::stream::{self, StreamExt};
 use serde_json::Value as Json;
 
 pub use self::budget::{Budget, BudgetLimits, BudgetPart, Exhausted, Spent};
+pub use self::config::{HttpModel, KeySource, ModelConfig, ModelSource, ModelsConfig};
+pub use self::router::{ModelRouter, ModelRouterBuilder};
 pub use self::script::ScriptedHandler;
 pub use self::server::{LmServer, LmServerOptions};
 pub use self::socket::SocketHandler;
 pub use self::token::LmToken;
+pub use self::upstream::{
+    AnthropicHandler, HttpProxy, OpenAiHandler, Price, Retries, Secret, UpstreamOptions,
+};
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
 
@@ -163,6 +171,11 @@ fn json_bytes(json: &Json) -> usize {
 /// Tokens of a text whose model doesn't tell: English has about four characters per token.
 pub(crate) fn estimated_tokens(chars: usize) -> u64 {
     chars.div_ceil(4) as u64
+}
+
+/// As [`estimated_tokens`].
+fn tokens_of(text: &str) -> u64 {
+    estimated_tokens(text.chars().count())
 }
 
 /// RLM's wording of a failure in a batch.

@@ -243,7 +243,10 @@ impl Runtime {
         let parent_manifest = parent.as_ref().map(Image::manifest);
         let key = recipe.key(&guests.compiled.manifest.key, parent_manifest);
         match self.store().manifest(&key) {
-            Ok(manifest) => return self.load(manifest, guests),
+            Ok(manifest) => {
+                self.store().ensure_name(&recipe.name, &key);
+                return self.load(manifest, guests);
+            }
             Err(e) if !is_absent_or_unsound(&e) => return Err(e),
             Err(_) => {}
         }

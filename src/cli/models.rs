@@ -1,47 +1,223 @@
 //! The flags that say who answers language model calls.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use kaa::lm::{LmHandler, ScriptedHandler, SocketHandler};
+use kaa::Error;
+use kaa::lm::{
+    HttpProxy, KeySource, LmHandler, ModelConfig, ModelRouter, ModelSource, ModelsConfig, Secret,
+    SocketHandler,
+};
 
 use super::Failure;
 use super::flags::reason;
 
+/// No key is longer; a wrong file, such as a device, may be.
+const KEY_BYTES_MAX: u64 = 64 << 10;
+/// Hosts that are never reached through a proxy.
+const LOOPBACK: &str = "localhost,127.0.0.0/8,::1";
+
 /// Who answers language model calls.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Models")]
 pub(super) struct LmFlags {
+    /// Model that answers llm_query: openai:NAME (any server with its chat completions: see
+    /// --base-url), anthropic:NAME, script:FILE, socket:HOST:PORT, or a name from --models
+    #[arg(long, value_name = "SPEC")]
+    model: Option<String>,
+    /// Model for calls from cells that name none, if it is another than --model
+    #[arg(long, value_name = "SPEC")]
+    sub_model: Option<String>,
+    /// TOML file of models, their limits and prices; cells ask for them by name. Paths in it begin
+    /// at the current directory
+    #[arg(long, value_name = "FILE")]
+    models: Option<PathBuf>,
+    /// Address of the server for openai:NAME (as https://HOST/v1) or anthropic:NAME; it gets no key
+    /// unless one is named
+    #[arg(long, value_name = "URL")]
+    base_url: Option<String>,
+    /// Environment variable that holds the key of --model [default: OPENAI_API_KEY or
+    /// ANTHROPIC_API_KEY], or the token that --lm wants
+    #[arg(long, value_name = "NAME", conflicts_with = "key_file")]
+    key_env: Option<String>,
+    /// File that holds the key of --model, or the token that --lm wants
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
     /// Address of an RLM LM handler that answers llm_query
     #[arg(
-        long, value_name = "HOST:PORT", help_heading = "Reach",
-        value_parser = socket, conflicts_with = "lm_script"
+        long, value_name = "HOST:PORT", value_parser = socket,
+        conflicts_with_all = ["lm_script", "model", "sub_model", "models"]
     )]
-    lm: Option<SocketHandler>,
+    lm: Option<String>,
     /// File of rules that answer llm_query without any model; see examples/packages.lm.json
-    #[arg(long, value_name = "FILE", help_heading = "Reach")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "sub_model", "models"])]
     lm_script: Option<PathBuf>,
 }
 
 impl LmFlags {
     /// The handler that is meant, if any.
     pub(super) fn resolve(self) -> Result<Option<Arc<dyn LmHandler>>, Failure> {
-        Ok(match (self.lm, &self.lm_script) {
-            (Some(socket), _) => Some(Arc::new(socket)),
-            (None, Some(path)) => Some(script(path)?),
+        Ok(self.router()?.map(|router| router as Arc<dyn LmHandler>))
+    }
+
+    /// The models that are meant, if any: depth 0 is `--model`, depth 1 `--sub-model`.
+    pub(super) fn router(mut self) -> Result<Option<Arc<ModelRouter>>, Failure> {
+        let flag = if self.lm_script.is_some() { Some("--lm-script") } else { None };
+        let Some(mut config) = self.config()? else { return Ok(None) };
+        for model in config.models.values_mut() {
+            if let ModelConfig::OpenAi(http) | ModelConfig::Anthropic(http) = model {
+                http.options.proxy = proxy(http.options.base_url.as_deref());
+            }
+        }
+        let router = config.router(read).map_err(|error| match (flag, error) {
+            (Some(flag), Error::Invalid { reason, .. }) => Failure::usage(flag, reason),
+            (_, other) => other.into(),
+        })?;
+        Ok(Some(Arc::new(router)))
+    }
+
+    fn config(&mut self) -> Result<Option<ModelsConfig>, Failure> {
+        if let Some(address) = self.lm.take() {
+            let token = self.key().unwrap_or(KeySource::None);
+            return Ok(Some(only("lm", ModelConfig::Socket { address, token })));
+        }
+        if let Some(path) = self.lm_script.take() {
+            return Ok(Some(only("script", ModelConfig::Script(path))));
+        }
+        let mut config = match &self.models {
+            Some(path) => {
+                let text = text_of(path).map_err(|e| Failure::usage("--models", e))?;
+                ModelsConfig::from_toml(&text)
+                    .map_err(|e| Failure::usage("--models", format!("{}: {e}", path.display())))?
+            }
+            None => ModelsConfig::default(),
+        };
+        for (flag, spec) in [("--model", &self.model), ("--sub-model", &self.sub_model)] {
+            let Some(spec) = spec else { continue };
+            let name = self.add(&mut config, flag, spec)?;
+            match flag {
+                "--model" => config.default = Some(name),
+                _ => config.sub = Some(name),
+            }
+        }
+        let specs = || [&self.model, &self.sub_model].into_iter().flatten();
+        let is_of = |providers: &[&str]| {
+            specs().any(|spec| providers.iter().any(|provider| spec.starts_with(provider)))
+        };
+        let (http, keyed) = (["openai:", "anthropic:"], ["openai:", "anthropic:", "socket:"]);
+        for (flag, is_given, fits) in [
+            ("--base-url", self.base_url.is_some(), is_of(&http)),
+            ("--key-env", self.key_env.is_some(), is_of(&keyed)),
+            ("--key-file", self.key_file.is_some(), is_of(&keyed)),
+        ] {
+            if is_given && !fits {
+                let reason = "it is for --model openai:NAME or anthropic:NAME; give that too";
+                return Err(Failure::usage(flag, reason));
+            }
+        }
+        if self.sub_model.is_some() && self.model.is_none() && self.models.is_none() {
+            return Err(Failure::usage("--sub-model", "give --model or --models too"));
+        }
+        Ok(Some(config).filter(|config| !config.models.is_empty()))
+    }
+
+    /// Where the key is, if that is said.
+    fn key(&self) -> Option<KeySource> {
+        match (&self.key_env, &self.key_file) {
+            (Some(name), _) => Some(KeySource::Variable(name.clone())),
+            (None, Some(path)) => Some(KeySource::File(path.clone())),
             (None, None) => None,
-        })
+        }
+    }
+
+    /// The name of the model that `spec` means; it's added unless the file has it.
+    fn add(&self, config: &mut ModelsConfig, flag: &str, spec: &str) -> Result<String, Failure> {
+        if config.models.contains_key(spec) {
+            return Ok(spec.to_owned());
+        }
+        let model =
+            ModelConfig::from_spec(spec, self.base_url.clone(), self.key()).map_err(|error| {
+                let mut reason = format!("{spec:?}: {}", reason(error));
+                if let Some(path) = &self.models {
+                    let names: Vec<_> = config.models.keys().map(String::as_str).collect();
+                    reason += &format!(", or a name in {}: {}", path.display(), names.join(", "));
+                }
+                Failure::usage(flag, reason)
+            })?;
+        // What cells call it: the name alone, where there is one.
+        let name = match &model {
+            ModelConfig::OpenAi(http) | ModelConfig::Anthropic(http) => http.model.clone(),
+            ModelConfig::Script(_) | ModelConfig::Socket { .. } => spec.to_owned(),
+        };
+        match config.models.insert(name.clone(), model.clone()) {
+            Some(other) if other != model => {
+                let reason = format!("another model is called {name:?} already; see --models");
+                Err(Failure::usage(flag, reason))
+            }
+            _ => Ok(name),
+        }
     }
 }
 
-fn script(path: &Path) -> Result<Arc<dyn LmHandler>, Failure> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::usage("--lm-script", format!("reading {}: {e}", path.display())))?;
-    let handler = ScriptedHandler::from_json(&text)
-        .map_err(|e| Failure::usage("--lm-script", format!("{}: {e}", path.display())))?;
-    Ok(Arc::new(handler))
+fn only(name: &str, model: ModelConfig) -> ModelsConfig {
+    let models = [(name.to_owned(), model)].into();
+    ModelsConfig { models, ..ModelsConfig::default() }
 }
 
-fn socket(text: &str) -> Result<SocketHandler, String> {
-    SocketHandler::new(text).map_err(reason)
+/// What a configuration names: variables of this process and files.
+fn read(source: ModelSource<'_>) -> kaa::Result<Option<String>> {
+    let unreadable =
+        |reason: String| Error::Invalid { what: "a file of --model or --models".into(), reason };
+    match source {
+        ModelSource::Variable(name) => match std::env::var(name) {
+            Ok(key) => Ok(Some(key)),
+            Err(std::env::VarError::NotPresent) => Ok(None),
+            Err(std::env::VarError::NotUnicode(_)) => {
+                Err(Error::Invalid { what: name.to_owned(), reason: "it is not UTF-8".into() })
+            }
+        },
+        ModelSource::KeyFile(path) => key_of(path).map(Some).map_err(unreadable),
+        ModelSource::Script(path) => text_of(path).map(Some).map_err(unreadable),
+    }
+}
+
+fn text_of(path: &Path) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|e| format!("reading {}: {e}", path.display()))
+}
+
+/// The key in a file, without the end of its line.
+fn key_of(path: &Path) -> Result<String, String> {
+    let mut key = String::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(KEY_BYTES_MAX + 1).read_to_string(&mut key))
+        .map_err(|e| format!("reading {}: {e}", path.display()))?;
+    if key.len() as u64 > KEY_BYTES_MAX {
+        return Err(format!("{} is too long for a key", path.display()));
+    }
+    Ok(key.trim_end_matches(['\r', '\n']).to_owned())
+}
+
+/// The proxy that the environment names for an address; the usual variables, and never for this
+/// machine itself. `HTTP_PROXY` in capitals isn't read: a CGI server lets clients set it.
+fn proxy(base_url: Option<&str>) -> Option<HttpProxy> {
+    let first = |names: &[&str]| {
+        let values = names.iter().filter_map(|name| std::env::var(name).ok());
+        values.into_iter().find(|value| !value.is_empty())
+    };
+    let is_plain = base_url.is_some_and(|url| url.starts_with("http:"));
+    let url = match is_plain {
+        true => first(&["http_proxy"]),
+        false => first(&["https_proxy", "HTTPS_PROXY"]),
+    };
+    let except = match first(&["no_proxy", "NO_PROXY"]) {
+        Some(hosts) => format!("{hosts},{LOOPBACK}"),
+        None => LOOPBACK.to_owned(),
+    };
+    url.map(|url| HttpProxy { url: Secret::new(url), except })
+}
+
+fn socket(text: &str) -> Result<String, String> {
+    SocketHandler::new(text).map(|_| text.to_owned()).map_err(reason)
 }

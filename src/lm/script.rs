@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use super::{LmCompletion, LmError, LmHandler, LmRequest, ModelUsage, estimated_tokens};
+use super::{LmCompletion, LmError, LmHandler, LmRequest, ModelUsage, tokens_of};
 use crate::error::{Error, Result};
 
 /// The name under which answers are booked when neither guest nor script names a model.
@@ -207,16 +207,12 @@ impl LmHandler for ScriptedHandler {
         let usage = vec![ModelUsage {
             model: model.clone(),
             calls: 1,
-            input_tokens: tokens(&prompt),
-            output_tokens: tokens(&response),
+            input_tokens: tokens_of(&prompt),
+            output_tokens: tokens_of(&response),
             cost: None,
         }];
         Ok(LmCompletion { model, response, usage, execution_time, ..LmCompletion::default() })
     }
-}
-
-fn tokens(text: &str) -> u64 {
-    estimated_tokens(text.chars().count())
 }
 
 #[derive(Deserialize)]

@@ -13,7 +13,8 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value as Json};
 
-use self::json::{python_error, replace_lone_surrogates, values_at_most};
+pub(super) use self::json::replace_lone_surrogates;
+use self::json::{python_error, values_at_most};
 use super::{LmCompletion, LmError, ModelUsage, Prompt, UsageSummary};
 
 /// What RLM's client says when the reply has no completion; models have seen this text.

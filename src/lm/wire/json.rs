@@ -78,7 +78,7 @@ fn python_float(value: f64) -> String {
 ///
 /// `serde_json` refuses such text, and one half of an emoji must not cost a whole answer. Working on
 /// the bytes covers keys and values alike, and needs no memory: the escapes are equally long.
-pub(super) fn replace_lone_surrogates(json: &mut [u8]) {
+pub(in crate::lm) fn replace_lone_surrogates(json: &mut [u8]) {
     let mut at = 0;
     while at < json.len() {
         if json[at] != b'\\' {
