@@ -125,6 +125,11 @@ pub trait LmHandler: Send + Sync {
     /// Answers one request.
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError>;
 
+    /// The model that answers calls of this depth which name none, where that is known.
+    fn model_name(&self, _depth: i32) -> Option<&str> {
+        None
+    }
+
     /// Whether it answers calls of this kind with sessions of their own. Their calls count by
     /// themselves into what a tenant has in flight and what it spent, so this one doesn't.
     fn nests(&self, _kind: LmKind) -> bool {

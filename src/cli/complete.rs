@@ -164,14 +164,14 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
         return Err(Failure::usage("--profile", "the loop speaks the profile `rlm` only"));
     }
     let base = session::prepare(&plan, console)?;
-    let Plan { options: environment, mut contexts, variables, snapshot_out, .. } = plan;
+    let Plan { options: environment, root_model, mut contexts, variables, snapshot_out, .. } = plan;
     let context = match contexts.len() {
         0 => Context::Text(flags.question.clone().into_bytes()),
         1 => contexts.remove(0),
         _ => return Err(Failure::usage("--context-json", "give one context, or the other")),
     };
     let display = Arc::new(Display::new(console, flags.verbose));
-    options.model = None;
+    options.model = root_model;
     options.environment = environment;
     options.log_dir = flags.log_dir;
     options.tools =

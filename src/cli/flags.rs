@@ -2,8 +2,10 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
+use kaa::lm::LmHandler;
 use kaa::{
     Clock, Context, EnvironmentOptions, Limits, MEMORY_BYTES_MAX, MEMORY_BYTES_MIN, Mount,
     OUTPUT_BYTES_MAX, Policy, Profile, Value,
@@ -178,6 +180,12 @@ impl SessionFlags {
             ProfileFlag::Rlm => Profile::Rlm,
             ProfileFlag::Openenv => Profile::OpenEnv,
         };
+        // Loops of children, too, are the root model's; their depth alone would say otherwise.
+        let root_model = lm.as_ref().and_then(|router| {
+            let root = router.default_model(0);
+            (root != router.default_model(1)).then(|| root.to_owned())
+        });
+        let lm = lm.map(|router| router as Arc<dyn LmHandler>);
         let options = EnvironmentOptions { limits, policy, profile, lm, ..Default::default() };
         if let Some(parent) = self.snapshot_out.as_deref().and_then(Path::parent)
             && !parent.as_os_str().is_empty()
@@ -194,6 +202,7 @@ impl SessionFlags {
             image: self.image,
             wheel: self.wheel,
             options,
+            root_model,
             contexts,
             variables: self.var,
             snapshot_in: self.snapshot_in,

@@ -222,6 +222,10 @@ impl Spent {
 
 #[async_trait]
 impl LmHandler for Counter {
+    fn model_name(&self, depth: i32) -> Option<&str> {
+        self.handler.model_name(depth)
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let result = self.handler.complete(request).await;
         self.count(&result);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Args;
 use kaa::Error;
 use kaa::lm::{
-    HttpProxy, KeySource, LmHandler, ModelConfig, ModelRouter, ModelSource, ModelsConfig, Secret,
+    HttpProxy, KeySource, ModelConfig, ModelRouter, ModelSource, ModelsConfig, Secret,
     SocketHandler,
 };
 
@@ -57,13 +57,8 @@ pub(super) struct LmFlags {
 }
 
 impl LmFlags {
-    /// The handler that is meant, if any.
-    pub(super) fn resolve(self) -> Result<Option<Arc<dyn LmHandler>>, Failure> {
-        Ok(self.router()?.map(|router| router as Arc<dyn LmHandler>))
-    }
-
     /// The models that are meant, if any: depth 0 is `--model`, depth 1 `--sub-model`.
-    pub(super) fn router(mut self) -> Result<Option<Arc<ModelRouter>>, Failure> {
+    pub(super) fn resolve(mut self) -> Result<Option<Arc<ModelRouter>>, Failure> {
         let flag = if self.lm_script.is_some() { Some("--lm-script") } else { None };
         let Some(mut config) = self.config()? else { return Ok(None) };
         for model in config.models.values_mut() {

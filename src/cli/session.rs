@@ -21,6 +21,8 @@ pub(super) struct Plan {
     pub(super) image: String,
     pub(super) wheel: Option<PathBuf>,
     pub(super) options: EnvironmentOptions,
+    /// The model of a loop's own calls, where it's another than that of cells.
+    pub(super) root_model: Option<String>,
     pub(super) contexts: Vec<Context>,
     pub(super) variables: Vec<(String, Value)>,
     pub(super) snapshot_in: Option<PathBuf>,

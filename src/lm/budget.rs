@@ -481,6 +481,10 @@ impl LmHandler for Paid {
         Ok(completion)
     }
 
+    fn model_name(&self, depth: i32) -> Option<&str> {
+        self.inner.model_name(depth)
+    }
+
     fn nests(&self, kind: LmKind) -> bool {
         self.inner.nests(kind)
     }

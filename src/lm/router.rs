@@ -120,6 +120,11 @@ impl fmt::Debug for ModelRouter {
 
 #[async_trait]
 impl LmHandler for ModelRouter {
+    fn model_name(&self, depth: i32) -> Option<&str> {
+        let name = self.default_model(depth);
+        self.models[name].model_name(depth).or(Some(name))
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let completion = self.models[self.target(request)].complete(request).await?;
         Ok(self.booked(request, completion))

@@ -184,6 +184,10 @@ impl fmt::Debug for ScriptedHandler {
 
 #[async_trait]
 impl LmHandler for ScriptedHandler {
+    fn model_name(&self, _depth: i32) -> Option<&str> {
+        Some(&self.model)
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let prompt = request.prompt.to_text();
         let (response, execution_time) = match &self.source {

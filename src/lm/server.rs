@@ -351,8 +351,9 @@ impl Desk {
         }
         // All slots of a batch name one model, those that failed too.
         let answered = || results.iter().flatten().next().map(|completion| &*completion.model);
+        let own = || requests.first().and_then(|request| self.handler.model_name(request.depth));
         let named = requests.iter().find_map(|request| request.model.as_deref());
-        let root_model = named.or_else(answered).unwrap_or_default();
+        let root_model = named.or_else(answered).or_else(own).unwrap_or_default();
         let answers =
             requests.iter().zip(&results).map(|(LmRequest { prompt, .. }, result)| match result {
                 Ok(completion) => AnswerJson::new(named, prompt, completion, time),

@@ -65,6 +65,10 @@ impl Upstream {
         Ok(Self { model, options, transport, turns })
     }
 
+    pub(super) fn model(&self) -> &str {
+        &self.model
+    }
+
     /// An error of this model.
     fn error(&self, reason: impl std::fmt::Display) -> LmError {
         LmError::new(format!("{}: {reason}", self.model))

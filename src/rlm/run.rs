@@ -38,8 +38,9 @@ pub(super) struct Run<'a> {
 
 impl<'a> Run<'a> {
     pub(super) fn new(session: &'a mut RlmSession, scope: Arc<Scope>, ledger: Ledger) -> Self {
-        let model = session.model.as_ref().or(session.rlm.options.model.as_ref());
-        let root_model = model.map_or(UNKNOWN_MODEL, String::as_str).to_owned();
+        let asked = session.model.as_ref().or(session.rlm.options.model.as_ref());
+        let model = asked.map(String::as_str).or_else(|| scope.lm.model_name(session.depth.into()));
+        let root_model = model.unwrap_or(UNKNOWN_MODEL).to_owned();
         Self {
             session,
             scope,

@@ -89,6 +89,10 @@ impl AnthropicHandler {
 
 #[async_trait]
 impl LmHandler for AnthropicHandler {
+    fn model_name(&self, _depth: i32) -> Option<&str> {
+        Some(self.upstream.model())
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         self.upstream.complete(request, self.body(&request.prompt), ReplyJson::answer).await
     }

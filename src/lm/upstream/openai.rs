@@ -100,6 +100,10 @@ impl OpenAiHandler {
 
 #[async_trait]
 impl LmHandler for OpenAiHandler {
+    fn model_name(&self, _depth: i32) -> Option<&str> {
+        Some(self.upstream.model())
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         self.upstream.complete(request, self.body(&request.prompt), ReplyJson::answer).await
     }
