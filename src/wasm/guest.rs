@@ -127,8 +127,8 @@ impl Drop for LeaveGuard {
     }
 }
 
-/// What an instance exports that the host uses.
-#[derive(Clone)]
+/// What an instance exports that the host uses. Shared: to clone a function's handle counts its type up in
+/// several places that all threads share, and there are six.
 pub(crate) struct Handles {
     pub(crate) memory: Memory,
     /// Mutable globals in the order of their index, without the fuel.
@@ -222,7 +222,7 @@ pub(crate) struct Guest {
     /// The leave to compute, while a turn runs and doesn't wait.
     pub(crate) leave: Arc<Leave>,
     pub(crate) signal: Arc<Signal>,
-    pub(crate) handles: Option<Handles>,
+    pub(crate) handles: Option<Arc<Handles>>,
     /// What the guest did wrong, for [`Halt::Fault`].
     pub(crate) fault: Option<Error>,
     /// Bytes of an answer that the guest had no memory for.
@@ -240,8 +240,9 @@ impl Guest {
     ///
     /// When an import is called before the instance exists, which no module without a start
     /// function can do.
-    pub(crate) fn handles(&self) -> wasmtime::Result<Handles> {
-        self.handles.clone().ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
+    pub(crate) fn handles(&self) -> wasmtime::Result<&Arc<Handles>> {
+        let handles = self.handles.as_ref();
+        handles.ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
     }
 
     /// What a snapshot has of this, beside the files.
@@ -327,9 +328,8 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> wasmtime::Result<()> 
 
 /// One slice is used up: the only place where a computing guest is looked at.
 async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
-    let Handles { fuel: Some(fuel), floor: Some(floor), .. } = caller.data().handles()? else {
-        return Ok(());
-    };
+    let handles = caller.data().handles()?;
+    let (Some(fuel), Some(floor)) = (handles.fuel, handles.floor) else { return Ok(()) };
     let left = fuel.get(&mut caller).i64().unwrap_or(0);
     let interrupted = caller.data().signal.take();
     let guest = caller.data_mut();
@@ -360,9 +360,9 @@ async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
 
 /// Makes CPython raise at its next check; the agent then asks why.
 async fn soft_stop(caller: &mut Caller<'_, Guest>, limit: Limit) -> wasmtime::Result<()> {
-    let interrupt = caller.data().handles()?.interrupt;
+    let handles = Arc::clone(caller.data().handles()?);
     caller.data_mut().conversation.stop(limit);
-    interrupt.call_async(caller, SIGINT).await?;
+    handles.interrupt.call_async(caller, SIGINT).await?;
     Ok(())
 }
 
@@ -497,7 +497,7 @@ async fn put(
         return Ok(Some(0));
     }
     charge_call(caller, len as u64)?;
-    let handles = caller.data().handles()?;
+    let handles = Arc::clone(caller.data().handles()?);
     let address = if len > REPLY_BYTES_MAX {
         0
     } else {
