@@ -4,6 +4,7 @@
 //! checked against the memory's present size on every use; what the host allocates for them is
 //! bounded.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
@@ -26,7 +27,7 @@ use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
 use crate::limits::{Limit, Limits};
-use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
+use crate::protocol::{CALL_BYTES_MAX, Call, Message, REPLY_BYTES_MAX};
 use crate::snapshot::SessionRecord;
 use crate::tenant::{Seat, Turn as Permit};
 
@@ -127,8 +128,8 @@ impl Drop for LeaveGuard {
     }
 }
 
-/// What an instance exports that the host uses. Shared: to clone a function's handle counts its type up in
-/// several places that all threads share, and there are six.
+/// What an instance exports that the host uses. Shared, because a clone of a function's handle counts
+/// its type up in several places that all threads have in common: dearer than many a call.
 pub(crate) struct Handles {
     pub(crate) memory: Memory,
     /// Mutable globals in the order of their index, without the fuel.
@@ -441,14 +442,19 @@ async fn call(
     else {
         return Ok(CALL_FAULT);
     };
-    let message = Message::from_bytes(bytes).and_then(|message| text::collect(message, memory));
-    let message = match message {
-        Err(error) => return Err(caller.data_mut().fault(error)),
-        Ok(message) => message,
+    let said = match Call::from_bytes(bytes) {
+        Ok(Call::Message(message)) => text::collect(message, memory).map(Call::Message),
+        said => said,
     };
-    charge_call(&mut caller, message.body.len() as u64)?;
+    let said = match said {
+        Err(error) => return Err(caller.data_mut().fault(error)),
+        Ok(said) => said,
+    };
+    if let Call::Message(message) = &said {
+        charge_call(&mut caller, message.body.len() as u64)?;
+    }
     let guest = caller.data_mut();
-    let mut reply = match guest.conversation.answer(message) {
+    let mut reply = match guest.conversation.answer(said) {
         Err(error) => return Err(guest.fault(error)),
         Ok(Answer::Now(reply)) => reply,
         Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {
@@ -478,7 +484,7 @@ async fn send(
     };
     let (head, body) = match is_posted {
         // The agent knows a letter without a header by its empty frame.
-        true if message.header.is_empty() => (Vec::new(), [].as_slice()),
+        true if message.header.is_empty() => (Cow::default(), [].as_slice()),
         true => (message.head(), [].as_slice()),
         false => (message.head(), message.body.as_slice()),
     };
