@@ -9,6 +9,8 @@ mod common;
 
 #[path = "sessions/crowd.rs"]
 mod crowd;
+#[path = "sessions/models.rs"]
+mod models;
 #[path = "sessions/single.rs"]
 mod single;
 
@@ -112,6 +114,7 @@ fn main() {
     let report = tokio.block_on(async move {
         let task = tokio::spawn(async move {
             single::all(&mut report).await;
+            models::all(&mut report).await;
             crowd::all(&mut report).await;
             report
         });

@@ -86,7 +86,7 @@ class Agent:
         from . import loop, threads
 
         self.scheduler = threads.activate(self.models.send)
-        self.models.gather = self.scheduler.ask
+        self.models.tasks = self.scheduler
         loop.activate(self.scheduler.run_one)
 
     # --- turns ---

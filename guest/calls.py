@@ -1,21 +1,28 @@
-"""What the guest asks the host: the channel, soft stops, model calls and tools."""
+"""What the guest asks the host: the channel, soft stops, model calls and tools.
+
+A call is a frame to the host and one back. What most calls of models are, one text there and one back, has frames that
+are a tag and the text (`PROMPT` and `TEXT` in `values`):
+
+    L prompt    llm_query(prompt)          T text      the answer
+    R prompt    rlm_query(prompt)          (empty)     the answer is in the mailbox
+
+Every other frame has a header: `{"op": "lm"}` (several prompts, messages, a model's name), `{"op": "tool"}` and
+`{"op": "why"}`, the question after a soft stop. What is answered to any call is one text, or has a header, too.
+"""
 
 import builtins
 
-from .values import Body, NotRepresentable, decode, encode, pack, type_name, unpack
+from .values import PROMPT, TEXT, TEXT_CHARS_MAX, Body, NotRepresentable, decode, encode, pack, type_name, unpack
 
 PIECES_BYTES_MIN = 16 * 1024  # Shorter bodies are sent quicker than described.
 PIECES_MAX = 64
 _len, _str, _type, _issubclass, _list, _dict, _tuple, _id = len, str, type, issubclass, list, dict, tuple, id
+_map, _TEXTS = map, frozenset((str,))
 _EXCEPTIONS = {
     name: value
     for name, value in vars(builtins).items()
     if _type(value) is type and _issubclass(value, Exception)
 }
-
-
-# The frame of a single text, without the text: that is its body.
-_PROMPT = {kind: pack({"op": "lm", "kind": kind}) for kind in ("llm", "rlm")}
 
 
 class LimitReached(KeyboardInterrupt):
@@ -46,17 +53,22 @@ class Channel:
         self.answer = None  # Answers the host's own requests while a call of the guest is open.
 
     def exchange(self, frame):
-        """One call: the reply's header and body."""
+        """One call: the reply's header and body. A reply that is one text has no header: None and the text."""
         self.busy = True
         try:
-            reply, data = unpack(self.call(frame))
-            while "op" in reply:  # The host reads variables while its own tool runs.
-                reply, data = unpack(self.call(self.answer(reply, data)))
+            reply = self.call(frame)
+            while reply[:1] != TEXT:
+                header, data = unpack(reply)
+                if "op" not in header:
+                    break
+                reply = self.call(self.answer(header, data))  # The host reads variables while its own tool runs.
+            else:
+                header, data = None, reply[1:].decode()
         finally:
             self.busy = False
         if self.deferred:
             self.stop()
-        return reply, data
+        return header, data
 
     def ask(self, header, body):
         """A call with a body. What is long stays where it is, if the host can read it there."""
@@ -110,10 +122,15 @@ class Models:
         self.channel = channel
         self.available = True
         self.raises = False  # Profile `openenv`: a failed call is an exception, elsewhere a string.
-        self.gather = None  # The threads shim, where there are no threads: it joins the calls of many tasks.
+        self.tasks = None  # The threads shim's scheduler, where there are no threads: it joins the calls of many tasks.
 
     def query(self, kind, prompt, model):
-        if _type(prompt) is not _str:
+        if _type(prompt) is _str:
+            tasks = self.tasks
+            # What `ask` would do, in fewer steps.
+            if model is None and self.available and (tasks is None or not (tasks.queue or tasks.waiting)):
+                return self.send_text(kind, prompt)
+        else:
             problem = _prompt_problem(prompt)
             if problem:
                 return self.failed(problem, 1)[0]
@@ -128,6 +145,8 @@ class Models:
             return self.failed("prompts must be a list of prompts: %s" % error, 1)
         if not prompts:
             return []
+        if _are_texts(prompts):
+            return self.ask(kind, prompts, model, True)
         problems = [*map(_prompt_problem, prompts)]
         if not any(problems):
             return self.ask(kind, prompts, model, True)
@@ -142,24 +161,36 @@ class Models:
             return ["Error: No LM handler configured"] * _len(prompts)
         if model is not None and not _issubclass(_type(model), _str):
             return self.failed("model must be a str or None, not " + type_name(model), _len(prompts))
-        if self.gather is not None:
-            return self.gather(kind, prompts, model, batched)
+        if self.tasks is not None:
+            return self.tasks.ask(kind, prompts, model, batched)
         return self.send(kind, prompts, model, batched)
 
     def send(self, kind, prompts, model, batched):
         """One crossing; as many responses as prompts."""
         if model is None and not batched and _len(prompts) == 1 and _type(prompts[0]) is _str:
-            if prompts[0].isascii() and _len(prompts[0]) >= PIECES_BYTES_MIN:
-                body = Body()
-                body.add(prompts[0])
-                return self.cross(1, self.channel.ask, {"op": "lm", "kind": kind}, body)
-            try:
-                frame = _PROMPT[kind] + prompts[0].encode()
-            except UnicodeEncodeError:
-                pass  # A lone surrogate.
-            else:
-                return self.cross(1, self.channel.exchange, frame)
+            return [self.send_text(kind, prompts[0])]
+        return self.send_encoded(kind, prompts, model, batched)
+
+    def send_text(self, kind, prompt):
+        """One crossing with one text."""
+        if _len(prompt) >= PIECES_BYTES_MIN and prompt.isascii():
+            body = Body()
+            body.add(prompt)
+            return self.cross({"op": "lm", "kind": kind}, body, 1)[0]
+        try:
+            frame = PROMPT[kind] + prompt.encode()
+        except UnicodeEncodeError:  # A lone surrogate.
+            return self.send_encoded(kind, [prompt], None, False)[0]
+        try:
+            header, data = self.channel.exchange(frame)
+            return data if header is None else self.responses(header, data, 1)[0]
+        except Exception as error:
+            return self.failed(error, 1)[0]
+
+    def send_encoded(self, kind, prompts, model, batched):
         body, encoded, bad = Body(), [], {}
+        if _are_texts(prompts) and max(_map(_len, prompts)) <= TEXT_CHARS_MAX and all(_map(_str.isascii, prompts)):
+            encoded, prompts = prompts, ()  # They are what `encode` would make of them.
         for index, prompt in enumerate(prompts):
             mark = _len(body.parts), body.size
             try:
@@ -171,32 +202,42 @@ class Models:
         responses = []
         if encoded:
             header = {"op": "lm", "kind": kind, "prompts": encoded, "model": model, "batched": batched}
-            responses = self.cross(_len(encoded), self.channel.ask, header, body)
+            responses = self.cross(header, body, _len(encoded))
         if bad:
             good = iter(responses)
             responses = [bad[index] if index in bad else next(good) for index in range(_len(prompts))]
         return responses
 
-    def cross(self, count, ask, *call):
+    def cross(self, header, body, count):
         try:
-            reply, data = ask(*call)
-            if not reply and count == 1:
-                return [_str(data, "utf-8") if data else self.channel.take_letter()]  # The text alone.
-            if reply.get("error") is not None:
-                if self.raises:
-                    raise RuntimeError(reply["error"])
-                return ["Error: " + reply["error"]] * count
-            responses = decode(reply.get("responses"), data)
-            if _type(responses) is not _list or _len(responses) != count:
-                raise RuntimeError("the host answered %s prompts with something else" % count)
+            return self.responses(*self.channel.ask(header, body), count)
         except Exception as error:
             return self.failed(error, count)
-        return ["" if response is None else response for response in responses]
+
+    def responses(self, header, data, count):
+        """What the host's reply says; raises if it says something else."""
+        if not header and count == 1:
+            return [self.channel.take_letter() if header is not None else data]
+        if header and header.get("error") is not None:
+            if self.raises:
+                raise RuntimeError(header["error"])
+            return ["Error: " + header["error"]] * count
+        responses = header.get("responses") if header else None
+        if _type(responses) is not _list or _len(responses) != count:
+            raise RuntimeError("the host answered %s prompts with something else" % count)
+        if _are_texts(responses):
+            return responses
+        return ["" if response is None else response for response in decode(responses, data)]
 
     def failed(self, problem, count):
         if self.raises:
             raise problem if _issubclass(_type(problem), RuntimeError) else RuntimeError(_str(problem))
         return ["Error: LM query failed - %s" % (problem,)] * count
+
+
+def _are_texts(values):
+    """Whether all of a list are exactly str: then nothing of it has to be looked at one by one."""
+    return {*_map(_type, values)} == _TEXTS
 
 
 def _prompt_problem(prompt):
@@ -220,10 +261,10 @@ def make_tool(channel, name):
         except NotRepresentable as error:
             raise TypeError("an argument of %s cannot be sent: %s" % (name, error)) from None
         reply, data = channel.ask(header, body) if body.parts else channel.exchange(pack(header))
+        if not reply:
+            return channel.take_letter() if reply is not None else data
         if reply.get("error") is not None:
             raise _exception(reply.get("type"), reply["error"])
-        if "letter" in reply:
-            return channel.take_letter()
         return decode(reply.get("value"), data)
 
     tool.__name__ = tool.__qualname__ = name

@@ -71,6 +71,8 @@ def compile_cell(source, filename, sources, assignments):
             return _compile(text, filename, "eval", 0, True), True
         except (SyntaxError, ValueError):
             pass  # A statement, or an error that the next line reports.
+    if not assignments and _is_assignment(text):
+        return _compile(text, filename, "exec", 0, True), False
     tree = _compile(text, filename, "exec", _ONLY_AST, True)
     body = tree.body
     if body:
@@ -84,6 +86,13 @@ def _may_be_expression(text):
     if "\n" in line or text[:1].isspace() or text.partition(" ")[0] in _STATEMENTS:
         return False
     return line[-1:] in (")", "]") or "=" not in line
+
+
+def _is_assignment(text):
+    """Whether a cell is one line, `name = value`: then there is nothing to capture, and it too is saved that way."""
+    line = text.rstrip()
+    name, _, value = line.partition("=")
+    return name.strip().isidentifier() and value[:1] != "=" and not ("\n" in line or "\r" in line or ";" in line)
 
 
 def _capture(body, last, assignments):

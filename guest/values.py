@@ -1,8 +1,9 @@
 """Frames and values on the channel, and short representations of values.
 
-A frame is a length, a JSON header and a raw body. A value in a header is JSON, except that an object with one key that
-starts with "$" stands for something JSON cannot carry (`encode` and `decode`). Everything used here is bound when the
-module is imported, and the C parts of `json` are used directly, so that a cell which patches `json` harms only itself.
+A frame is a length, a JSON header and a raw body; or a tag (`TEXT`, `PROMPT`) and one text. A value in a header is
+JSON, except that an object with one key that starts with "$" stands for something JSON cannot carry (`encode` and
+`decode`). Everything used here is bound when the module is imported, and the C parts of `json` are used directly, so
+that a cell which patches `json` harms only itself.
 """
 
 import json.encoder
@@ -70,7 +71,9 @@ def loads(text):
     return value
 
 
-_BODY_ONLY = b"\0\0\0\2{}"  # The start of a frame that has only a body.
+# Tags of frames that are one text, in UTF-8. No header is so long that its length would begin with one.
+TEXT = b"T"  # An answer of the host.
+PROMPT = {"llm": b"L", "rlm": b"R"}  # A prompt for the default model.
 
 
 def to_utf8(text):
@@ -90,8 +93,6 @@ def pack(header, body=b""):
 
 def unpack(frame):
     """The header and the body (a memoryview) of a frame; an empty frame is an empty header."""
-    if frame[:6] == _BODY_ONLY:
-        return {}, _memoryview(frame)[6:]
     if not frame:
         return {}, _memoryview(b"")
     end = 4 + _int.from_bytes(frame[:4], "big")

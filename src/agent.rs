@@ -24,7 +24,7 @@ use crate::environment::{
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmRequest};
-use crate::protocol::{CellReport, Message, ToolCallMessage, VariableReport, decode_within};
+use crate::protocol::{Call, CellReport, Message, ToolCallMessage, VariableReport, decode_within};
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
 
@@ -53,7 +53,8 @@ pub(crate) enum Answer {
 
 /// What came from outside.
 pub(crate) enum Done {
-    Lm { requests: Vec<LmRequest>, results: Vec<Result<LmCompletion, LmError>> },
+    Completion { request: LmRequest, result: Result<LmCompletion, LmError> },
+    Batch { requests: Vec<LmRequest>, results: Vec<Result<LmCompletion, LmError>> },
     Tool(ToolResult),
 }
 
@@ -274,7 +275,11 @@ impl Conversation {
     /// # Errors
     ///
     /// [`Error::Protocol`] for what no agent says.
-    pub(crate) fn answer(&mut self, message: Message) -> Result<Answer> {
+    pub(crate) fn answer(&mut self, call: Call) -> Result<Answer> {
+        let message = match call {
+            Call::Prompt { recursive, text } => return Ok(self.call_with_text(recursive, text)),
+            Call::Message(message) => message,
+        };
         match message.text("op") {
             Some("next") => Ok(Answer::Now(self.next_request())),
             Some("done") => {
@@ -299,15 +304,12 @@ impl Conversation {
     /// Turns what came from outside into the answer that the guest waits for.
     pub(crate) fn finish(&mut self, done: Done) -> Message {
         match done {
-            Done::Tool(Ok(value)) => {
-                let mut message = Message::default();
-                message.put("value", &value);
-                message
-            }
+            Done::Tool(Ok(value)) => Message::of_value(value),
             Done::Tool(Err(ToolError { type_name, message })) => {
                 Message::new(json!({ "error": message, "type": type_name }))
             }
-            Done::Lm { requests, results } => self.finish_lm(requests, results),
+            Done::Completion { request, result } => self.finish_completion(request, result),
+            Done::Batch { requests, results } => self.finish_batch(requests, results),
         }
     }
 

@@ -7,10 +7,20 @@
 //! The guest always speaks first and the host answers: `next` and `done` ask for the next request
 //! and hand in the reply to the last one, `lm`, `tool` and `why` are calls from inside a cell.
 //!
+//! What most calls of models are, one text there and one back, needs no header. Such a message is a
+//! tag and the text in UTF-8; no header is so long that its length would begin with one:
+//!
+//! | tag | from | means |
+//! |---|---|---|
+//! | `L` | guest | `llm_query` of this text, any model |
+//! | `R` | guest | `rlm_query` of it |
+//! | `T` | host | the answer to a call, which is this text |
+//!
 //! Inside a header a value is JSON, and an object whose only key begins with `$` is one of the
 //! forms of [`encode_value`]. Everything that arrives here is hostile: every offset and length is
 //! checked, and nesting is bounded.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
@@ -32,6 +42,37 @@ const INLINE_CHARS_MAX: usize = 1024;
 /// Nesting of values; `serde_json` itself stops at 128.
 const DEPTH_MAX: usize = 100;
 
+/// Tags: see above.
+const LLM_TAG: u8 = b'L';
+const RLM_TAG: u8 = b'R';
+const TEXT_TAG: u8 = b'T';
+const _: () = assert!(HEADER_BYTES_MAX < (LLM_TAG as usize) << 24);
+
+/// What the guest says.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Call {
+    /// Anything with a header.
+    Message(Message),
+    /// One text for a language model, `recursive` for a child RLM.
+    Prompt { recursive: bool, text: String },
+}
+
+impl Call {
+    /// Reads what the guest says.
+    ///
+    /// # Errors
+    ///
+    /// As [`Message::from_bytes`]. A prompt has none: what isn't UTF-8 in it is replaced.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        match bytes {
+            [tag @ (LLM_TAG | RLM_TAG), text @ ..] => {
+                Ok(Self::Prompt { recursive: *tag == RLM_TAG, text: text_of(text.to_vec()) })
+            }
+            _ => Message::from_bytes(bytes).map(Self::Message),
+        }
+    }
+}
+
 /// A header and the body that it refers to.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Message {
@@ -48,17 +89,22 @@ impl Message {
         Self { header, ..Self::default() }
     }
 
+    /// A message that is this text and nothing else.
+    pub(crate) fn of_text(text: String) -> Self {
+        Self { header: Map::new(), body: text.into_bytes(), letter: true }
+    }
+
     /// The bytes that come before the body; an empty header and body are no bytes at all.
-    pub(crate) fn head(&self) -> Vec<u8> {
-        if self.header.is_empty() && self.body.is_empty() {
-            return Vec::new();
+    pub(crate) fn head(&self) -> Cow<'static, [u8]> {
+        if self.header.is_empty() && (self.letter || self.body.is_empty()) {
+            return Cow::Borrowed(if self.letter { &[TEXT_TAG] } else { &[] });
         }
         let mut bytes = Vec::with_capacity(256);
         bytes.extend_from_slice(&[0; 4]);
         serde_json::to_writer(&mut bytes, &self.header).expect("JSON goes into memory");
         let length = (bytes.len() - 4) as u32;
         bytes[..4].copy_from_slice(&length.to_be_bytes());
-        bytes
+        bytes.into()
     }
 
     /// Reads a message.
@@ -99,6 +145,16 @@ impl Message {
         let parsed = serde_json::from_value(Json::Object(self.header))
             .map_err(|e| Error::protocol(format!("a field of the wrong type: {e}")))?;
         Ok((parsed, self.body))
+    }
+
+    /// The answer to a call of a tool: a text is one without a header.
+    pub(crate) fn of_value(value: Value) -> Self {
+        let Value::Str(text) = value else {
+            let mut message = Self::default();
+            message.put("value", &value);
+            return message;
+        };
+        Self::of_text(text)
     }
 
     /// Puts the only value under `key`, its long parts into the body.
@@ -348,7 +404,7 @@ mod tests {
     fn round_trip(value: &Value) -> Value {
         let mut message = Message::default();
         message.put("value", value);
-        let back = Message::from_bytes(&[message.head(), message.body].concat()).unwrap();
+        let back = Message::from_bytes(&[&message.head()[..], &message.body].concat()).unwrap();
         decode_value(back.header["value"].clone(), &back.body).unwrap()
     }
 
@@ -371,6 +427,39 @@ mod tests {
         ];
         for case in cases {
             assert_eq!(round_trip(&case), case);
+        }
+    }
+
+    #[test]
+    fn a_text_needs_no_header() {
+        let prompt = |recursive, text: &str| Call::Prompt { recursive, text: text.into() };
+        for (bytes, call) in [
+            (&b"L"[..], prompt(false, "")),
+            (b"Lhi", prompt(false, "hi")),
+            (b"RL\xc3\xa9", prompt(true, "L\u{e9}")),
+            // What a guest claims to be text is made one.
+            (b"L\xff\xed\xa0\x80", prompt(false, "\u{fffd}\u{fffd}\u{fffd}\u{fffd}")),
+            (b"", Call::Message(Message::default())),
+            (
+                b"\0\0\0\x02{}hi",
+                Call::Message(Message { body: b"hi".to_vec(), ..Message::default() }),
+            ),
+        ] {
+            assert_eq!(Call::from_bytes(bytes).unwrap(), call, "{bytes:?}");
+        }
+        // The tag of an answer is no guest's.
+        for bytes in [&b"Thi"[..], b"T", b"l", b"l    ", b"M\0\0\0{}"] {
+            assert!(matches!(Call::from_bytes(bytes), Err(Error::Protocol { .. })), "{bytes:?}");
+        }
+        for (message, head) in [
+            (Message::of_text("hi".into()), &b"T"[..]),
+            (Message::of_text(String::new()), b"T"),
+            (Message::of_value(Value::from("hi")), b"T"),
+            (Message::of_value(Value::None), b"\0\0\0\x0e{\"value\":null}"),
+            (Message::default(), b""),
+            (Message { body: b"hi".to_vec(), ..Message::default() }, b"\0\0\0\x02{}"),
+        ] {
+            assert_eq!(message.head(), head, "{message:?}");
         }
     }
 

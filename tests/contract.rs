@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{limited, open, print, run, session};
-use kaa::lm::ScriptedHandler;
+use kaa::lm::{Prompt, ScriptedHandler};
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, Limit, Limits, Outcome,
-    Status, Tool, ToolError, Value,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, Limit, Limits, LmCall,
+    Outcome, Status, Tool, ToolError, Value,
 };
 
 #[tokio::test]
@@ -125,6 +125,9 @@ os.write(1, struct.pack('>I', len(frame)) + frame)
         "import _host\n_host.call(b'garbage')",
         "import _host\n_host.call(b'\\0\\0\\0\\2{}')",
         "import _host\n_host.call((300).to_bytes(4,'big') + b'{}')",
+        // The tag of an answer, and of nothing.
+        "import _host\n_host.call(b'Thi')",
+        "import _host\n_host.call(b'M')",
         r#"import _host
 h = b'{"op":"done","outcome":"exited","exit_code":9}'
 while True: _host.call(len(h).to_bytes(4,'big') + h)"#,
@@ -153,6 +156,38 @@ _host.call(len(h).to_bytes(4,'big') + h)"#,
         assert!(matches!(error, Error::Protocol { .. }), "{lie}: {error}");
         assert_eq!(print(&mut session, "print(keep)").await, "41\n");
     }
+}
+
+#[tokio::test]
+async fn a_forged_prompt_is_a_prompt() {
+    let mut session = open(EnvironmentOptions {
+        lm: Some(Arc::new(ScriptedHandler::echo())),
+        limits: Limits { lm_calls: 4, ..Limits::default() },
+        ..EnvironmentOptions::default()
+    });
+    let forged = r"
+import _host
+for frame in (b'L', b'Lhi', b'R\xff\xed\xa0\x80', b'L' + b'x' * 5000, b'Lone too many'):
+    print(_host.call(frame))";
+    let execution = run(&mut session, forged).await;
+    // What is no text was made one, and what is long is left in the mailbox.
+    let answers = [
+        r"b'T'",
+        r"b'Thi'",
+        r"b'T\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd'",
+        r"b''",
+        r#"b'\x00\x00\x00-{"error":"LM call limit exceeded: 4 + 1 > 4"}'"#,
+    ];
+    assert_eq!(execution.stdout.text(), answers.join("\n") + "\n");
+    assert_eq!((execution.lm_calls.len(), execution.usage.lm_calls), (4, 4));
+    let LmCall { prompt: Prompt::Text(prompt), completion } = &execution.lm_calls[2] else {
+        panic!("{:?}", execution.lm_calls)
+    };
+    assert_eq!(
+        (&prompt[..], &completion.response[..]),
+        ("\u{fffd}\u{fffd}\u{fffd}\u{fffd}", &prompt[..])
+    );
+    assert_eq!(print(&mut session, "print(llm_query('on'))").await, "on\n");
 }
 
 #[tokio::test]
@@ -394,7 +429,7 @@ print(llm_query('p' * 30_000) == 'p' * 30_000)";
     let execution = run(&mut session, cell).await;
     assert_eq!(execution.stdout.text(), "True\n", "{}", execution.stderr.text());
     let last = execution.lm_calls.last().unwrap();
-    assert_eq!(last.prompt, kaa::lm::Prompt::Text("p".repeat(30_000)));
+    assert_eq!(last.prompt, Prompt::Text("p".repeat(30_000)));
     assert_eq!(last.completion.response, "p".repeat(30_000));
 }
 

@@ -1,44 +1,13 @@
 //! Figures of one session at a time.
 
 use std::hint::black_box;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, ScriptedHandler};
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Limits, Runtime, Tool, Value,
-    WasmEnvironment,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Runtime, WasmEnvironment,
 };
 
 use super::{Report, common, milliseconds, pause, timed};
-
-/// Answers every prompt with a text of this length, after this time.
-struct Answers {
-    text: String,
-    after: Duration,
-}
-
-#[async_trait]
-impl LmHandler for Answers {
-    async fn complete(&self, _: &LmRequest) -> Result<LmCompletion, LmError> {
-        if !self.after.is_zero() {
-            tokio::time::sleep(self.after).await;
-        }
-        Ok(LmCompletion { response: self.text.clone(), ..LmCompletion::default() })
-    }
-}
-
-fn options(lm: impl LmHandler + 'static) -> EnvironmentOptions {
-    EnvironmentOptions {
-        lm: Some(Arc::new(lm)),
-        tools: vec![Tool::new("echo", |call| {
-            Ok(call.args.into_iter().next().unwrap_or(Value::None))
-        })],
-        limits: Limits { lm_calls: u32::MAX, tool_calls: u32::MAX, ..Limits::default() },
-        ..EnvironmentOptions::default()
-    }
-}
 
 fn text(megabytes: usize) -> Vec<u8> {
     b"0123456789abcde\n".iter().copied().cycle().take(megabytes * 1_000_000).collect()
@@ -57,7 +26,6 @@ pub(super) async fn all(report: &mut Report) {
     warm(report, runtime).await;
     forks(report, runtime).await;
     contexts(report, runtime).await;
-    calls(report, runtime).await;
     memory(report, runtime).await;
 }
 
@@ -204,53 +172,6 @@ async fn contexts(report: &mut Report, runtime: &Runtime) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         report.note(&figure, "ms", &mut samples[rounds / 5..], target);
-    }
-}
-
-async fn calls(report: &mut Report, runtime: &Runtime) {
-    let image = common::image("base");
-    let megabyte = Answers { text: "y".repeat(1_000_000), after: Duration::ZERO };
-    let slow = Answers { text: "y".into(), after: Duration::from_millis(20) };
-    let batch = "llm_query_batched(['x'] * 20)";
-    let many = "for _ in range(1000): llm_query('x')";
-    let large = "s = 'x' * 1_000_000\nfor _ in range(20): r = llm_query(s)";
-    let tools = "for _ in range(1000): echo(1)";
-    let cases = [
-        (
-            "llm_query there and back, handler in process",
-            "µs",
-            1e6,
-            options(ScriptedHandler::echo()),
-            many,
-            Some(8.0),
-        ),
-        ("llm_query, 1 MB each way", "ms", 20.0, options(megabyte), large, Some(0.6)),
-        (
-            "llm_query_batched of 20 prompts at 20 ms each",
-            "ms",
-            1.0,
-            options(slow),
-            batch,
-            Some(22.0),
-        ),
-        ("host tool there and back", "µs", 1e6, options(ScriptedHandler::echo()), tools, None),
-    ];
-    for (figure, unit, per, options, cell, target) in cases {
-        if !report.wants(figure) {
-            continue;
-        }
-        let mut session = runtime.environment(&image, options).unwrap();
-        let mut samples = Vec::new();
-        for _ in 0..40 {
-            let start = Instant::now();
-            let execution = session.execute(cell).await.unwrap();
-            assert!(execution.exception.is_none(), "{}", execution.stderr.text());
-            let time = milliseconds(start.elapsed());
-            // A thousand calls per cell: milliseconds of the cell are microseconds of a call.
-            samples.push(if per == 1e6 { time } else { time / per });
-            pause().await;
-        }
-        report.note(figure, unit, &mut samples[8..], target.map(|target| (target, 1)));
     }
 }
 

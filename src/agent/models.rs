@@ -1,54 +1,36 @@
 //! Calls of language models from inside a cell.
 
+use std::sync::Arc;
+
 use serde_json::{Value as Json, json};
 
 use super::{Answer, CALL_BYTES_KEPT_MAX, Conversation, Done};
 use crate::environment::{LmCall, Profile};
 use crate::error::{Error, Result};
-use crate::lm::{LmCompletion, LmError, LmKind, LmRequest, Prompt};
+use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
 use crate::protocol::{LmCallMessage, Message, decode_within, encode_text, text_of};
 use crate::value::Value;
 
 impl Conversation {
+    /// Any call of language models.
     pub(super) fn call_lm(&mut self, message: Message) -> Result<Answer> {
         let (call, body) = message.parse::<LmCallMessage>()?;
         let count = call.prompts.as_ref().map_or(1, Vec::len);
-        let count = u32::try_from(count).unwrap_or(u32::MAX);
-        let refuse = |text: String| {
-            let results = (0..count).map(|_| Err(LmError::new(text.clone()))).collect();
-            Done::Lm { requests: Vec::new(), results }
+        let handler = match self.admit(count, body.len()) {
+            Ok(handler) => handler,
+            Err(text) => return Ok(Answer::Now(refusal(&text))),
         };
-        let Some(handler) = self.lm.clone() else {
-            let done = refuse("No LM handler configured".into());
-            return Ok(Answer::Now(self.finish(done)));
-        };
-        let spent = self.calls.lm;
-        if spent.saturating_add(count) > self.limits.lm_calls {
-            let done = refuse(format!(
-                "LM call limit exceeded: {spent} + {count} > {}",
-                self.limits.lm_calls
-            ));
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        let bytes = self.calls.bytes.saturating_add(body.len());
-        if bytes > CALL_BYTES_KEPT_MAX {
-            let done = refuse(format!(
-                "prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes"
-            ));
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        let quota = self.quota.clone();
-        if let Some(Err(error)) = quota.as_ref().map(|quota| quota.calls(count)) {
-            let done = refuse(error.to_string());
-            return Ok(Answer::Now(self.finish(done)));
-        }
-        self.calls.bytes = bytes;
-        self.calls.lm += count;
-        let kind = if call.kind == "rlm" { LmKind::Rlm } else { LmKind::Llm };
+        let kind = kind_of(call.kind == "rlm");
         let request =
             |prompt| LmRequest { kind, prompt, model: call.model.clone(), depth: self.depth };
-        let requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
-        let concurrency = self.limits.lm_concurrency as usize;
+        let mut requests: Vec<_> = prompts(call.prompts, body)?.into_iter().map(request).collect();
+        if !call.batched
+            && requests.len() == 1
+            && let Some(request) = requests.pop()
+        {
+            return Ok(self.complete(handler, request));
+        }
+        let (quota, concurrency) = (self.quota.clone(), self.limits.lm_concurrency as usize);
         Ok(Answer::Later(Box::pin(async move {
             let most = concurrency.min(requests.len());
             let permits = match &quota {
@@ -59,78 +41,123 @@ impl Conversation {
                 _ => None,
             };
             let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
-            let results = match (call.batched, &requests[..]) {
-                (false, [request]) => vec![handler.complete(request).await],
-                _ => handler.complete_batch(&requests, concurrency).await,
-            };
-            Done::Lm { requests, results }
+            let results = handler.complete_batch(&requests, concurrency).await;
+            Done::Batch { requests, results }
         })))
     }
 
-    pub(super) fn finish_lm(
-        &mut self,
-        requests: Vec<LmRequest>,
-        results: Vec<Result<LmCompletion, LmError>>,
-    ) -> Message {
-        if !requests.is_empty() && results.len() != requests.len() {
-            let text = format!(
-                "the LM handler gave {} answers to {} prompts",
-                results.len(),
-                requests.len()
-            );
-            return Message::new(json!({ "error": text }));
-        }
-        if self.profile == Profile::OpenEnv
-            && let Some(error) = results.iter().find_map(|result| result.as_ref().err())
-        {
-            return Message::new(json!({ "error": error.message }));
-        }
-        let is_single = matches!(results.as_slice(), [Ok(one)] if !one.response.is_empty());
-        let (mut requests, mut results) = (requests.into_iter(), results.into_iter());
-        if is_single
-            && requests.len() == 1
-            && let (Some(request), Some(Ok(completion))) = (requests.next(), results.next())
-        {
-            return self.finish_single(request, completion);
-        }
-        let mut message = Message::default();
-        let body = &mut message.body;
-        let mut encode = |text: &str| encode_text(text, body);
-        let responses: Vec<Json> = results
-            .map(|result| match (requests.next(), result) {
-                (Some(request), Ok(completion)) => {
-                    self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-                    let response = encode(&completion.response);
-                    self.book(request.kind, &completion);
-                    self.calls.completions.push(LmCall { prompt: request.prompt, completion });
-                    response
-                }
-                (_, Err(error)) => encode(&format!("Error: {error}")),
-                (None, Ok(completion)) => encode(&completion.response),
-            })
-            .collect();
-        message.header.insert("responses".into(), responses.into());
-        message
+    /// A call with one text and nothing else.
+    pub(super) fn call_with_text(&mut self, recursive: bool, text: String) -> Answer {
+        let handler = match self.admit(1, text.len()) {
+            Ok(handler) => handler,
+            Err(text) => return Answer::Now(refusal(&text)),
+        };
+        let (kind, prompt) = (kind_of(recursive), Prompt::Text(text));
+        self.complete(handler, LmRequest { kind, prompt, model: None, depth: self.depth })
     }
 
-    /// Counts what a call cost.
-    fn book(&self, kind: LmKind, completion: &LmCompletion) {
-        self.ledger.add(&completion.usage);
-        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(kind));
-        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
-            quota.book(&completion.usage);
+    /// Counts prompts of so many bytes; why they can't be sent, otherwise.
+    fn admit(&mut self, prompts: usize, bytes: usize) -> Result<Arc<dyn LmHandler>, String> {
+        let count = u32::try_from(prompts).unwrap_or(u32::MAX);
+        let Some(handler) = &self.lm else { return Err("No LM handler configured".into()) };
+        let (spent, most) = (self.calls.lm, self.limits.lm_calls);
+        if spent.saturating_add(count) > most {
+            return Err(format!("LM call limit exceeded: {spent} + {count} > {most}"));
         }
+        let bytes = self.calls.bytes.saturating_add(bytes);
+        if bytes > CALL_BYTES_KEPT_MAX {
+            return Err(format!(
+                "prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes"
+            ));
+        }
+        if let Some(quota) = &self.quota {
+            quota.calls(count).map_err(|error| error.to_string())?;
+        }
+        self.calls.bytes = bytes;
+        self.calls.lm += count;
+        Ok(Arc::clone(handler))
+    }
+
+    fn complete(&self, handler: Arc<dyn LmHandler>, request: LmRequest) -> Answer {
+        let quota = self.quota.clone();
+        Answer::Later(Box::pin(async move {
+            let _permit = match &quota {
+                Some(quota) if !handler.nests(request.kind) => Some(quota.permits(1).await),
+                _ => None,
+            };
+            let result = handler.complete(&request).await;
+            Done::Completion { request, result }
+        }))
     }
 
     /// A single answer goes without a header, which would have to be taken apart, and is lent to the
     /// message.
-    fn finish_single(&mut self, request: LmRequest, mut completion: LmCompletion) -> Message {
-        self.calls.bytes = self.calls.bytes.saturating_add(completion.response.len());
-        self.book(request.kind, &completion);
-        let body = std::mem::take(&mut completion.response).into_bytes();
-        self.calls.completions.push(LmCall { prompt: request.prompt, completion });
+    pub(super) fn finish_completion(
+        &mut self,
+        request: LmRequest,
+        result: Result<LmCompletion, LmError>,
+    ) -> Message {
+        let mut completion = match result {
+            Ok(completion) => completion,
+            Err(error) => return refusal(&error.message),
+        };
+        let response = std::mem::take(&mut completion.response);
+        self.note(request, completion, response.len());
         self.calls.is_lent = true;
-        Message { body, letter: true, ..Message::default() }
+        Message::of_text(response)
+    }
+
+    pub(super) fn finish_batch(
+        &mut self,
+        mut requests: Vec<LmRequest>,
+        mut results: Vec<Result<LmCompletion, LmError>>,
+    ) -> Message {
+        let (expected, found) = (requests.len(), results.len());
+        if expected != found {
+            return refusal(&format!("the LM handler gave {found} answers to {expected} prompts"));
+        }
+        if found == 1
+            && let (Some(request), Some(result)) = (requests.pop(), results.pop())
+        {
+            return self.finish_completion(request, result);
+        }
+        let mut message = Message::default();
+        let mut responses = Vec::with_capacity(found);
+        let mut failed = None;
+        for (request, result) in requests.into_iter().zip(results) {
+            responses.push(match result {
+                Ok(completion) => {
+                    let response = encode_text(&completion.response, &mut message.body);
+                    let bytes = completion.response.len();
+                    self.note(request, completion, bytes);
+                    response
+                }
+                Err(error) => {
+                    let response = encode_text(&format!("Error: {error}"), &mut message.body);
+                    failed.get_or_insert(error);
+                    response
+                }
+            });
+        }
+        if self.profile == Profile::OpenEnv
+            && let Some(error) = failed
+        {
+            return refusal(&error.message);
+        }
+        message.header.insert("responses".into(), responses.into());
+        message
+    }
+
+    /// Keeps an answer of so many bytes for the report, and counts what it cost.
+    fn note(&mut self, request: LmRequest, completion: LmCompletion, bytes: usize) {
+        self.calls.bytes = self.calls.bytes.saturating_add(bytes);
+        self.ledger.add(&completion.usage);
+        // What answers with sessions has booked their calls already.
+        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(request.kind));
+        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
+            quota.book(&completion.usage);
+        }
+        self.calls.completions.push(LmCall { prompt: request.prompt, completion });
     }
 
     /// The message that [`finish`](Self::finish) made was sent, or can't be.
@@ -141,6 +168,16 @@ impl Conversation {
             call.completion.response = text_of(message.body);
         }
     }
+}
+
+/// What the guest is told instead of answers. How it words that in cells, and whether it raises, is
+/// its profile's affair.
+fn refusal(text: &str) -> Message {
+    Message::new(json!({ "error": text }))
+}
+
+fn kind_of(recursive: bool) -> LmKind {
+    if recursive { LmKind::Rlm } else { LmKind::Llm }
 }
 
 /// The prompts of a call.

@@ -4,6 +4,7 @@
 //! checked against the memory's present size on every use; what the host allocates for them is
 //! bounded.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
@@ -26,7 +27,7 @@ use crate::agent::{Answer, Conversation, Streams};
 use crate::environment::EnvironmentOptions;
 use crate::error::Error;
 use crate::limits::{Limit, Limits};
-use crate::protocol::{CALL_BYTES_MAX, Message, REPLY_BYTES_MAX};
+use crate::protocol::{CALL_BYTES_MAX, Call, Message, REPLY_BYTES_MAX};
 use crate::snapshot::SessionRecord;
 use crate::tenant::{Seat, Turn as Permit};
 
@@ -127,8 +128,8 @@ impl Drop for LeaveGuard {
     }
 }
 
-/// What an instance exports that the host uses.
-#[derive(Clone)]
+/// What an instance exports that the host uses. Shared, because a clone of a function's handle counts
+/// its type up in several places that all threads have in common: dearer than many a call.
 pub(crate) struct Handles {
     pub(crate) memory: Memory,
     /// Mutable globals in the order of their index, without the fuel.
@@ -222,7 +223,7 @@ pub(crate) struct Guest {
     /// The leave to compute, while a turn runs and doesn't wait.
     pub(crate) leave: Arc<Leave>,
     pub(crate) signal: Arc<Signal>,
-    pub(crate) handles: Option<Handles>,
+    pub(crate) handles: Option<Arc<Handles>>,
     /// What the guest did wrong, for [`Halt::Fault`].
     pub(crate) fault: Option<Error>,
     /// Bytes of an answer that the guest had no memory for.
@@ -240,8 +241,9 @@ impl Guest {
     ///
     /// When an import is called before the instance exists, which no module without a start
     /// function can do.
-    pub(crate) fn handles(&self) -> wasmtime::Result<Handles> {
-        self.handles.clone().ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
+    pub(crate) fn handles(&self) -> wasmtime::Result<&Arc<Handles>> {
+        let handles = self.handles.as_ref();
+        handles.ok_or_else(|| wasmtime::Error::msg("an import was called too early"))
     }
 
     /// What a snapshot has of this, beside the files.
@@ -327,9 +329,8 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> wasmtime::Result<()> 
 
 /// One slice is used up: the only place where a computing guest is looked at.
 async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
-    let Handles { fuel: Some(fuel), floor: Some(floor), .. } = caller.data().handles()? else {
-        return Ok(());
-    };
+    let handles = caller.data().handles()?;
+    let (Some(fuel), Some(floor)) = (handles.fuel, handles.floor) else { return Ok(()) };
     let left = fuel.get(&mut caller).i64().unwrap_or(0);
     let interrupted = caller.data().signal.take();
     let guest = caller.data_mut();
@@ -360,9 +361,9 @@ async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
 
 /// Makes CPython raise at its next check; the agent then asks why.
 async fn soft_stop(caller: &mut Caller<'_, Guest>, limit: Limit) -> wasmtime::Result<()> {
-    let interrupt = caller.data().handles()?.interrupt;
+    let handles = Arc::clone(caller.data().handles()?);
     caller.data_mut().conversation.stop(limit);
-    interrupt.call_async(caller, SIGINT).await?;
+    handles.interrupt.call_async(caller, SIGINT).await?;
     Ok(())
 }
 
@@ -441,14 +442,19 @@ async fn call(
     else {
         return Ok(CALL_FAULT);
     };
-    let message = Message::from_bytes(bytes).and_then(|message| text::collect(message, memory));
-    let message = match message {
-        Err(error) => return Err(caller.data_mut().fault(error)),
-        Ok(message) => message,
+    let said = match Call::from_bytes(bytes) {
+        Ok(Call::Message(message)) => text::collect(message, memory).map(Call::Message),
+        said => said,
     };
-    charge_call(&mut caller, message.body.len() as u64)?;
+    let said = match said {
+        Err(error) => return Err(caller.data_mut().fault(error)),
+        Ok(said) => said,
+    };
+    if let Call::Message(message) = &said {
+        charge_call(&mut caller, message.body.len() as u64)?;
+    }
     let guest = caller.data_mut();
-    let mut reply = match guest.conversation.answer(message) {
+    let mut reply = match guest.conversation.answer(said) {
         Err(error) => return Err(guest.fault(error)),
         Ok(Answer::Now(reply)) => reply,
         Ok(Answer::Later(outside)) => match wait_outside(&mut caller, outside).await? {
@@ -478,7 +484,7 @@ async fn send(
     };
     let (head, body) = match is_posted {
         // The agent knows a letter without a header by its empty frame.
-        true if message.header.is_empty() => (Vec::new(), [].as_slice()),
+        true if message.header.is_empty() => (Cow::default(), [].as_slice()),
         true => (message.head(), [].as_slice()),
         false => (message.head(), message.body.as_slice()),
     };
@@ -497,7 +503,7 @@ async fn put(
         return Ok(Some(0));
     }
     charge_call(caller, len as u64)?;
-    let handles = caller.data().handles()?;
+    let handles = Arc::clone(caller.data().handles()?);
     let address = if len > REPLY_BYTES_MAX {
         0
     } else {

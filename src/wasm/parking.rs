@@ -43,6 +43,8 @@ impl Parking {
         let parking = Arc::clone(self);
         // On the thread of the cell: its caches know what it wrote, and no other has to wake up.
         tokio::spawn(async move {
+            // But first of all the cells that could go on: somebody waits for them.
+            tokio::task::yield_now().await;
             if let Some(session) = parking.take_due() {
                 let work = Work(parking);
                 let result = save(session).await;

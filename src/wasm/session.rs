@@ -347,7 +347,7 @@ impl Session {
         let bytes = handles.memory.data_size(&store);
         let guest = store.data_mut();
         guest.memory_limit.memory_bytes = bytes;
-        guest.handles = Some(handles);
+        guest.handles = Some(Arc::new(handles));
         guest.running = false;
         self.store = Some(store);
         Ok(())
@@ -427,8 +427,8 @@ impl Session {
     /// What the guest's trap says.
     pub(crate) async fn call_initialize(&mut self) -> wasmtime::Result<()> {
         let store = self.store_mut();
-        let instance_start = store.data().handles.clone().and_then(|handles| handles.initialize);
-        match instance_start {
+        let handles = store.data().handles.clone();
+        match handles.as_ref().and_then(|handles| handles.initialize.as_ref()) {
             Some(initialize) => initialize.call_async(store, ()).await,
             None => Ok(()),
         }
@@ -441,7 +441,7 @@ impl Session {
     /// When the guest has no memory for them.
     pub(crate) async fn place(&mut self, bytes: &[u8]) -> wasmtime::Result<u32> {
         let store = self.store_mut();
-        let handles = store.data().handles()?;
+        let handles = Arc::clone(store.data().handles()?);
         let address = handles.host_alloc.call_async(&mut *store, bytes.len() as i32).await? as u32;
         let start = address as usize;
         let target =

@@ -13,6 +13,7 @@
 //! is different, and for what isn't UTF-8, texts go the usual way.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use wasmtime::Caller;
 
@@ -166,7 +167,7 @@ pub(crate) async fn post(
     }
     let Some(letter) = Letter::new(&message.body) else { return Ok(Post::Unsuitable) };
     charge_call(caller, letter.bytes().max(len) as u64)?;
-    let handles = caller.data().handles()?;
+    let handles = Arc::clone(caller.data().handles()?);
     let size = (letter.chars as i32, letter.width.largest_char());
     let object = handles.new_text.call_async(&mut *caller, size).await?;
     // What the function answers is checked like everything from the guest.

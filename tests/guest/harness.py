@@ -11,6 +11,7 @@ import threading
 import time
 
 GUEST = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "guest"))
+PROMPTS = {b"L": "llm", b"R": "rlm"}  # Tags of frames that are one prompt.
 ORDER = "values streams imports calls cells namespace profiles repairs freeze pools locks threads loop agent __init__".split()
 
 CHILD = """
@@ -93,6 +94,8 @@ class Guest:
 
     def receive(self):
         frame = self.read(int.from_bytes(self.read(4), "big"))
+        if frame[:1] in PROMPTS:
+            return {"op": "lm", "kind": PROMPTS[frame[:1]], "tagged": True}, frame[1:]
         end = 4 + int.from_bytes(frame[:4], "big")
         header = json.loads(frame[4:end].decode("utf-8"))
         return header, frame[end:]
@@ -142,20 +145,24 @@ class Guest:
         if call["op"] == "why":
             self.send(self.why)
         elif call["op"] == "lm":
-            # Without prompts the body is the only one; a single answer may be the body, too.
+            # Without prompts the body is the only one; a single answer may be a text alone, too.
             if "prompts" not in call:
                 call["prompts"] = [data.decode()]
             encoded = call["prompts"]
             answer = self.lm(call, [self.decode(prompt, data) for prompt in encoded])
             texts = answer.get("responses") or [None]
             if len(texts) == len(encoded) == 1 and texts[0]:
-                self.send({}, texts[0].encode("utf-8", "replace"))
+                self.send_frame(b"T" + texts[0].encode("utf-8", "replace"))
             else:
                 self.send(answer)
         elif call["op"] == "tool":
             args = [self.decode(arg, data) for arg in call["args"]]
             try:
-                self.send({"value": self.tools[call["name"]](*args, **call["kwargs"])})
+                value = self.tools[call["name"]](*args, **call["kwargs"])
+                if isinstance(value, str):
+                    self.send_frame(b"T" + value.encode("utf-8", "replace"))
+                else:
+                    self.send({"value": value})
             except Exception as error:
                 self.send({"error": str(error), "type": type(error).__name__})
 

@@ -51,6 +51,16 @@ CELLS = [
     ("deep parentheses", "(" * 5000 + ")" * 5000, {"outcome": "raised"}),
     ("future import", "from __future__ import annotations\nx: Undefined = 1\nprint(x)", {"stdout": "1\n"}),
     # The globals.
+    ("assignment in a line", "x = y = (5) # 6", {"value": None, "names": ["x", "y"]}),
+    ("assignment and a value", "x = 5; x", {"value": "5"}),
+    ("assignment and a value below", "x = 5\n\n'6'\n", {"value": "'6'"}),
+    ("assignment and a value after a return", b"x = 5\rx", {"value": "5"}),
+    ("comparison in a line", "1 == 1", {"value": "True"}),
+    ("comparison of a name", ["x = 5", "x == 5"], {"value": "True"}),
+    ("walrus in a line", "(x := 5)", {"value": "5", "vars": {"x": "5"}}),
+    ("keyword in a line", "True = 5", {"type": "SyntaxError"}),
+    ("assignment of nothing", "x =", {"type": "SyntaxError"}),
+    ("indented assignment", " x = 5", {"type": "IndentationError"}),
     ("llm_query", "llm_query('hi')", {"value": "'<hi>'"}),
     ("llm_query model", "print(llm_query('hi', model='m'))", {"stdout": "<hi>\n"}),
     ("llm_query long", "print(len(llm_query('é' * 5000)))", {"stdout": "5002\n"}),
@@ -394,6 +404,50 @@ class Session(unittest.TestCase):
 
         guest.answer = answer
         self.assertEqual(guest.cell("x = 41\npeek()")["value"], "41")
+
+    def test_frames_of_model_calls(self):
+        self.guest.request({"op": "tools", "tools": [{"name": "text"}]})
+        self.guest.tools["text"] = lambda: "a\u20ac\0"
+        tag = lambda kind: {"op": "lm", "kind": kind, "tagged": True}
+        header = {"op": "lm", "kind": "llm", "model": None, "batched": False}
+        for code, value, calls in (
+            ("llm_query('')", "'<>'", [{**tag("llm"), "prompts": [""]}]),
+            ("llm_query('\u20ac\\0')", "'<\u20ac\\x00>'", [{**tag("llm"), "prompts": ["\u20ac\0"]}]),
+            ("rlm_query('a')", "'<a>'", [{**tag("rlm"), "prompts": ["a"]}]),
+            ("llm_query(prompt='a', model=None)", "'<a>'", [{**tag("llm"), "prompts": ["a"]}]),
+            ("llm_query('a', 'm')", "'<a>'", [{**header, "model": "m", "prompts": ["a"]}]),
+            ("llm_query('\\ud800')", None, [{**header, "prompts": [{"$wtf8": [0, 3]}]}]),
+            ("llm_query_batched(['a'])", "['<a>']", [{**header, "batched": True, "prompts": ["a"]}]),
+            ("len(llm_query('a' * 20_000))", "20002", [{"op": "lm", "kind": "llm", "prompts": ["a" * 20_000]}]),
+            ("len(llm_query('\u20ac' * 20_000))", "20002", [{**tag("llm"), "prompts": ["\u20ac" * 20_000]}]),
+            ("text()", "'a\u20ac\\x00'", [{"op": "tool", "name": "text", "args": [], "kwargs": {}}]),
+        ):
+            with self.subTest(code):
+                reply = self.guest.cell(code)
+                self.assertEqual((reply["outcome"], self.guest.calls), ("completed", calls))
+                if value is not None:
+                    self.assertEqual(reply["value"], value)
+
+    def test_answers_that_are_none(self):
+        gone = "Error: LM query failed - the text that the host left is gone"
+        other = "Error: LM query failed - the host answered 2 prompts with something else"
+        for frame, single, batch in (
+            (b"T", "", other),
+            (b"", gone, other),
+            (b"\0\0\0\2{}", gone, other),
+            (b"\0\0\0\2[]", None, None),
+            (b"T\xff", None, None),
+            (b"X", None, None),
+        ):
+            with self.subTest(frame):
+                self.guest.answer = lambda call, data: self.guest.send_frame(frame)
+                for code, want in (("print(llm_query('a'))", single), ("print(llm_query_batched('ab'.split() * 2)[1])", batch)):
+                    reply = self.guest.cell(code)
+                    self.assertEqual(reply["outcome"], "completed")
+                    if want is None:
+                        self.assertTrue(reply["stdout"].startswith("Error: LM query failed - "), reply)
+                    else:
+                        self.assertEqual(reply["stdout"], want + "\n")
 
     def test_lm_errors(self):
         self.guest.lm = lambda header, prompts: {"error": "kaput"}
