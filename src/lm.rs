@@ -34,6 +34,9 @@ pub use self::upstream::{
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
 
+/// Bytes that the name of a model may have: it's kept with each call.
+pub(crate) const MODEL_NAME_BYTES_MAX: usize = 1 << 10;
+
 /// What the guest asked.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Prompt {
@@ -102,17 +105,34 @@ pub struct LmCompletion {
 
 /// Why a call got no answer. The guest sees `Error: {message}` (RLM's convention: LM errors are
 /// strings, not exceptions).
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{message}")]
+#[non_exhaustive]
 pub struct LmError {
     /// What went wrong, without the leading `Error: `.
     pub message: String,
+    /// What it cost all the same: a model that refuses is paid for having read the prompt.
+    pub usage: Vec<ModelUsage>,
 }
 
 impl LmError {
     /// An error with this message.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into() }
+        Self { message: message.into(), usage: Vec::new() }
+    }
+
+    /// The same error, of a call that cost this.
+    #[must_use]
+    pub fn with_usage(self, usage: Vec<ModelUsage>) -> Self {
+        Self { usage, ..self }
+    }
+}
+
+/// What a call cost, whether it was answered or not.
+pub(crate) fn usage_of(result: &Result<LmCompletion, LmError>) -> &[ModelUsage] {
+    match result {
+        Ok(completion) => &completion.usage,
+        Err(error) => &error.usage,
     }
 }
 
@@ -185,5 +205,5 @@ fn tokens_of(text: &str) -> u64 {
 
 /// RLM's wording of a failure in a batch.
 fn in_batch(error: LmError) -> LmError {
-    LmError::new(format!("llm() call failed - {error}"))
+    LmError { message: format!("llm() call failed - {error}"), ..error }
 }

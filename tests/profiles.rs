@@ -268,3 +268,36 @@ async fn the_sci_image_has_numpy_and_pandas() {
     assert_eq!(print(&mut session, code).await, "45 3\nTrue\n");
     assert_eq!(session.status(), kaa::Status::Ready);
 }
+
+/// Fails for one prompt.
+struct Fussy;
+
+#[async_trait::async_trait]
+impl LmHandler for Fussy {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
+        if request.prompt.to_text() == "bad" {
+            return Err(LmError::new("refused"));
+        }
+        ScriptedHandler::echo().complete(request).await
+    }
+}
+
+#[tokio::test]
+async fn answers_beside_a_failure_are_counted_in_every_profile() {
+    for (profile, printed) in [
+        (Profile::Rlm, "['a', 'Error: llm() call failed - refused', 'b']"),
+        (Profile::OpenEnv, "llm() call failed - refused"),
+    ] {
+        let lm: Option<Arc<dyn LmHandler>> = Some(Arc::new(Fussy));
+        let mut session = open(EnvironmentOptions { lm, profile, ..EnvironmentOptions::default() });
+        let code =
+            "try: r = llm_query_batched(['a', 'bad', 'b'])\nexcept Exception as e: r = e\nprint(r)";
+        let cell = run(&mut session, code).await;
+        assert_eq!(cell.stdout.text().trim(), printed);
+        assert_eq!((cell.lm_calls.len(), session.lm_usage().calls()), (2, 2), "{profile:?}");
+        let code = "try: r = llm_query_batched(['a'] * 1000, model='m' * 1_000_000)[999]\nexcept Exception as e: r = e\nprint(r)";
+        let cell = run(&mut session, code).await;
+        let refused = "the model's name has 1000000 bytes; it can have 1024";
+        assert!(cell.stdout.text().trim().ends_with(refused), "{}", cell.stdout.text());
+    }
+}

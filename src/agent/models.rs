@@ -7,7 +7,9 @@ use serde_json::{Value as Json, json};
 use super::{Answer, CALL_BYTES_KEPT_MAX, Conversation, Done};
 use crate::environment::{LmCall, Profile};
 use crate::error::{Error, Result};
-use crate::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
+use crate::lm::{
+    LmCompletion, LmError, LmHandler, LmKind, LmRequest, MODEL_NAME_BYTES_MAX, ModelUsage, Prompt,
+};
 use crate::protocol::{LmCallMessage, Message, decode_within, encode_text, text_of};
 use crate::value::Value;
 
@@ -15,6 +17,14 @@ impl Conversation {
     /// Any call of language models.
     pub(super) fn call_lm(&mut self, message: Message) -> Result<Answer> {
         let (call, body) = message.parse::<LmCallMessage>()?;
+        // Each of a thousand prompts has its own.
+        if let Some(length) = call.model.as_ref().map(String::len)
+            && length > MODEL_NAME_BYTES_MAX
+        {
+            let text =
+                format!("the model's name has {length} bytes; it can have {MODEL_NAME_BYTES_MAX}");
+            return Ok(Answer::Now(refusal(&text)));
+        }
         let count = call.prompts.as_ref().map_or(1, Vec::len);
         let handler = match self.admit(count, body.len()) {
             Ok(handler) => handler,
@@ -99,7 +109,10 @@ impl Conversation {
     ) -> Message {
         let mut completion = match result {
             Ok(completion) => completion,
-            Err(error) => return refusal(&error.message),
+            Err(error) => {
+                self.book(request.kind, &error.usage);
+                return refusal(&error.message);
+            }
         };
         let response = std::mem::take(&mut completion.response);
         self.note(request, completion, response.len());
@@ -133,6 +146,7 @@ impl Conversation {
                     response
                 }
                 Err(error) => {
+                    self.book(request.kind, &error.usage);
                     let response = encode_text(&format!("Error: {error}"), &mut message.body);
                     failed.get_or_insert(error);
                     response
@@ -151,13 +165,18 @@ impl Conversation {
     /// Keeps an answer of so many bytes for the report, and counts what it cost.
     fn note(&mut self, request: LmRequest, completion: LmCompletion, bytes: usize) {
         self.calls.bytes = self.calls.bytes.saturating_add(bytes);
-        self.ledger.add(&completion.usage);
-        // What answers with sessions has booked their calls already.
-        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(request.kind));
-        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
-            quota.book(&completion.usage);
-        }
+        self.book(request.kind, &completion.usage);
         self.calls.completions.push(LmCall { prompt: request.prompt, completion });
+    }
+
+    /// Counts what a call cost.
+    fn book(&self, kind: LmKind, usage: &[ModelUsage]) {
+        self.ledger.add(usage);
+        // What answers with sessions has booked their calls already.
+        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(kind));
+        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
+            quota.book(usage);
+        }
     }
 
     /// The message that [`finish`](Self::finish) made was sent, or can't be.

@@ -188,7 +188,10 @@ impl Counter {
         let mut spent = self.spent.lock().unwrap_or_else(PoisonError::into_inner);
         match result {
             Ok(completion) => spent.usage.add(&completion.usage),
-            Err(_) => spent.failed += 1,
+            Err(error) => {
+                spent.usage.add(&error.usage);
+                spent.failed += 1;
+            }
         }
     }
 

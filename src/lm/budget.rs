@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     LmCompletion, LmError, LmHandler, LmKind, LmRequest, UsageSummary, estimated_tokens, in_batch,
+    usage_of,
 };
 use crate::error::{Error, Result};
 
@@ -404,16 +405,21 @@ impl Inner {
         })
     }
 
-    fn book(&self, completion: &LmCompletion) {
+    /// Counts what a call cost. An error mostly cost nothing.
+    fn book(&self, result: &Result<LmCompletion, LmError>) {
+        let spent = usage_of(result);
+        if result.is_err() && spent.is_empty() {
+            return;
+        }
         let limits = &self.limits;
         let mut books = self.books();
-        for usage in &completion.usage {
+        for usage in spent {
             let tokens = usage.input_tokens.saturating_add(usage.output_tokens);
             books.tokens = books.tokens.saturating_add(tokens);
             books.cost += usage.cost.unwrap_or(0.0);
         }
         books.answers += 1;
-        books.usage.add(&completion.usage);
+        books.usage.add(spent);
         if books.exhausted.is_some() {
             return;
         }
@@ -476,9 +482,9 @@ impl LmHandler for Paid {
         let ticket = self.budget.0.admitted(request).await?;
         let inner = &ticket.inner;
         let answer = timeout_at(self.budget.deadline(), self.inner.complete(request)).await;
-        let completion = answer.map_err(|_| inner.timed_out())??;
-        inner.book(&completion);
-        Ok(completion)
+        let result = answer.map_err(|_| inner.timed_out())?;
+        inner.book(&result);
+        result
     }
 
     fn model_name(&self, depth: i32) -> Option<&str> {
@@ -504,7 +510,7 @@ impl LmHandler for Paid {
             let error = in_batch(inner.timed_out().into());
             return vec![Err(error); requests.len()];
         };
-        results.iter().flatten().for_each(|completion| inner.book(completion));
+        results.iter().for_each(|result| inner.book(result));
         results
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::{Ledger, LmCompletion, LmError, LmHandler, LmRequest, UsageSummary};
+use super::{Ledger, LmCompletion, LmError, LmHandler, LmRequest, UsageSummary, usage_of};
 use crate::error::{Error, Result};
 
 /// Gives each call to the model that it is for, as RLM's handler does:
@@ -97,12 +97,17 @@ impl ModelRouter {
         named.map_or_else(|| self.default_model(request.depth), |(name, _)| name)
     }
 
-    fn booked(&self, request: &LmRequest, mut completion: LmCompletion) -> LmCompletion {
-        self.usage.add(&completion.usage);
+    fn booked(
+        &self,
+        request: &LmRequest,
+        result: Result<LmCompletion, LmError>,
+    ) -> Result<LmCompletion, LmError> {
+        self.usage.add(usage_of(&result));
+        let mut completion = result?;
         if let Some(name) = &request.model {
             completion.model.clone_from(name);
         }
-        completion
+        Ok(completion)
     }
 }
 
@@ -126,8 +131,7 @@ impl LmHandler for ModelRouter {
     }
 
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
-        let completion = self.models[self.target(request)].complete(request).await?;
-        Ok(self.booked(request, completion))
+        self.booked(request, self.models[self.target(request)].complete(request).await)
     }
 
     async fn complete_batch(
@@ -144,7 +148,7 @@ impl LmHandler for ModelRouter {
             self.complete_mixed(requests, &targets, concurrency).await
         };
         let pairs = requests.iter().zip(results);
-        pairs.map(|(request, result)| Ok(self.booked(request, result?))).collect()
+        pairs.map(|(request, result)| self.booked(request, result)).collect()
     }
 }
 

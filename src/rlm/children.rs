@@ -10,7 +10,7 @@ use super::scope::Scope;
 use super::session::RlmSession;
 use super::{Inner, RlmEvent, RlmStop};
 use crate::environment::Context;
-use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt};
+use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt, usage_of};
 
 /// Characters of a prompt that observers are shown, as in RLM.
 const PREVIEW_CHARS: usize = 80;
@@ -105,7 +105,7 @@ impl CellCalls {
             }
             Err(error) => {
                 link.ledger.merge(&error.usage);
-                Err(failed(error.reason))
+                Err(failed(error.reason).with_usage(error.usage.into_models()))
             }
         }
     }
@@ -156,16 +156,12 @@ impl LmHandler for CellCalls {
         let in_flight = InFlight::begin(&link.scope, self.depth, 1);
         let result = link.scope.lm.complete(request).await;
         drop(in_flight);
-        match result {
-            Ok(completion) => {
-                link.ledger.add(&completion.usage);
-                Ok(completion)
-            }
-            Err(e) if request.kind == LmKind::Rlm && self.recursion() == Recursion::Deepest => {
-                Err(LmError::new(format!("LM query failed at max depth - {e}")))
-            }
-            Err(e) => Err(e),
-        }
+        link.ledger.add(usage_of(&result));
+        let deepest = request.kind == LmKind::Rlm && self.recursion() == Recursion::Deepest;
+        result.map_err(|e| match deepest {
+            true => LmError { message: format!("LM query failed at max depth - {e}"), ..e },
+            false => e,
+        })
     }
 
     async fn complete_batch(
@@ -189,9 +185,7 @@ impl LmHandler for CellCalls {
         let in_flight = InFlight::begin(&link.scope, self.depth, requests.len());
         let results = link.scope.lm.complete_batch(requests, concurrency).await;
         drop(in_flight);
-        for completion in results.iter().flatten() {
-            link.ledger.add(&completion.usage);
-        }
+        results.iter().for_each(|result| link.ledger.add(usage_of(result)));
         results
     }
 }

@@ -14,7 +14,7 @@ use super::session::{RlmSession, tools};
 use super::trajectory::{Trajectory, Turn};
 use super::{Dialect, RlmEvent, prompt};
 use crate::environment::{Context, ExecuteOptions, Execution, Variable};
-use crate::lm::{Ledger, LmKind, LmRequest, Prompt, estimated_tokens};
+use crate::lm::{Ledger, LmKind, LmRequest, Prompt, estimated_tokens, usage_of};
 
 /// What RLM calls a model whose name it doesn't know.
 const UNKNOWN_MODEL: &str = "unknown";
@@ -217,14 +217,13 @@ impl<'a> Run<'a> {
                 return Err(self.scope.stop().unwrap_or(RlmStop::Cancelled));
             }
         };
+        let spent = usage_of(&answer);
+        self.ledger.add(spent);
+        if let Some(tenant) = &self.session.rlm.options.environment.tenant {
+            tenant.book(spent);
+        }
         match answer {
-            Ok(completion) => {
-                self.ledger.add(&completion.usage);
-                if let Some(tenant) = &self.session.rlm.options.environment.tenant {
-                    tenant.book(&completion.usage);
-                }
-                Ok(completion.response)
-            }
+            Ok(completion) => Ok(completion.response),
             Err(error) => Err(self.scope.stop().unwrap_or(RlmStop::Lm(error))),
         }
     }

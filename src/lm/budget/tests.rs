@@ -40,6 +40,7 @@ impl LmHandler for Model {
             return Err(LmError::new("failed"));
         }
         let (input_tokens, cost) = self.price;
+        let refused = request.prompt.to_text() == "refuse";
         let usage = vec![ModelUsage {
             model: "m".into(),
             calls: 1,
@@ -47,6 +48,9 @@ impl LmHandler for Model {
             output_tokens: 0,
             cost: Some(cost),
         }];
+        if refused {
+            return Err(LmError::new("refused").with_usage(usage));
+        }
         Ok(LmCompletion { response: "yes".into(), usage, ..LmCompletion::default() })
     }
 
@@ -185,6 +189,16 @@ async fn a_batch_that_fits_goes_on_as_a_batch() {
     assert!(answers[0].is_ok() && answers[2].is_ok());
     assert_eq!(answers[1].as_ref().unwrap_err().message, "llm() call failed - failed");
     assert!(handler.complete_batch(&[], 8).await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_refused_is_paid_for() {
+    let limits = BudgetLimits { cost: 1.0, ..LIMITS };
+    let (budget, _, handler) = paid(limits, Model { price: (1, 0.5), ..Model::default() });
+    assert_eq!(handler.complete(&ask("refuse")).await.unwrap_err().message, "refused");
+    handler.complete_batch(&[ask("refuse")], 1).await;
+    assert_eq!(budget.spent().usage.cost(), Some(1.0));
+    assert_eq!(budget.exhausted().unwrap().part, BudgetPart::Cost);
 }
 
 #[tokio::test(start_paused = true)]
