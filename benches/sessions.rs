@@ -4,6 +4,8 @@
 //! them (all by default) and writes them to `target/sessions.json`. Figures are medians; what is in
 //! the background, such as checkpoints, is given a millisecond's pause to end, as a model would.
 
+#[path = "../tests/common/chat_server.rs"]
+mod chat_server;
 #[path = "../tests/common/mod.rs"]
 mod common;
 

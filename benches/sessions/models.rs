@@ -1,15 +1,16 @@
 //! Figures of calls: what a call of a model or a tool costs beside the answer, and many at once.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, ScriptedHandler, SocketHandler};
+use kaa::lm::{
+    LmCompletion, LmError, LmHandler, LmRequest, LmServer, LmServerOptions, OpenAiHandler,
+    ScriptedHandler, SocketHandler, UpstreamOptions,
+};
 use kaa::{EnvironmentExt, EnvironmentOptions, Limits, Quotas, Runtime, Tool, Value};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
 
+use super::chat_server::{ChatOptions, ChatServer};
 use super::{Report, common, milliseconds, pause};
 
 /// Answers every prompt with a text of this length, after this time.
@@ -28,25 +29,13 @@ impl LmHandler for Answers {
     }
 }
 
-/// A server of RLM's LM handler protocol that answers every request with the same text, at once: what
-/// is measured with it is the way there and back.
-async fn answerer() -> SocketAddr {
-    const REPLY: &[u8] = br#"{"chat_completion": {"root_model": "m", "prompt": "x", "response": "y", "usage_summary": {"model_usage_summaries": {"m": {"total_calls": 1, "total_input_tokens": 1, "total_output_tokens": 1}}}, "execution_time": 0.0}, "chat_completions": null, "error": null}"#;
-    async fn answer(mut stream: TcpStream) -> std::io::Result<()> {
-        let length = stream.read_u32().await? as usize;
-        stream.read_exact(&mut vec![0; length]).await?;
-        let mut frame = (REPLY.len() as u32).to_be_bytes().to_vec();
-        frame.extend_from_slice(REPLY);
-        stream.write_all(&frame).await
-    }
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(answer(stream));
-        }
-    });
-    address
+/// A handler at the other end of a socket, in this process.
+async fn over_socket(handler: impl LmHandler + 'static) -> SocketHandler {
+    let options = LmServerOptions { connections_max: 1_000, ..LmServerOptions::default() };
+    let server = LmServer::bind("127.0.0.1:0", Arc::new(handler), options).await.unwrap();
+    let address = server.local_addr().to_string();
+    tokio::spawn(server.serve(std::future::pending()));
+    SocketHandler::new(address).unwrap()
 }
 
 fn options(lm: impl LmHandler + 'static) -> EnvironmentOptions {
@@ -63,16 +52,25 @@ fn options(lm: impl LmHandler + 'static) -> EnvironmentOptions {
 pub(super) async fn all(report: &mut Report) {
     let runtime = common::runtime();
     one_session(report, runtime).await;
-    // Another handler whose upstream takes `UPSTREAM` is another line like these.
-    let in_process = Answers { text: "y".into(), after: UPSTREAM };
-    many_sessions(report, runtime, "in process", Arc::new(in_process)).await;
+    let answers = || Answers { text: "y".into(), after: UPSTREAM };
+    many_sessions(report, runtime, "in process", Arc::new(answers())).await;
+    many_sessions(report, runtime, "over a socket", Arc::new(over_socket(answers()).await)).await;
+    let options = ChatOptions { latency: UPSTREAM, ..ChatOptions::default() };
+    let server = ChatServer::start(options, |_| "y");
+    let options = UpstreamOptions {
+        base_url: Some(server.openai_url()),
+        concurrency: 1_000,
+        ..UpstreamOptions::default()
+    };
+    let http = OpenAiHandler::new("m", options).unwrap();
+    many_sessions(report, runtime, "over HTTP", Arc::new(http)).await;
 }
 
 async fn one_session(report: &mut Report, runtime: &Runtime) {
     let image = common::image("base");
     let megabyte = Answers { text: "y".repeat(1_000_000), after: Duration::ZERO };
     let slow = Answers { text: "y".into(), after: Duration::from_millis(20) };
-    let socket = SocketHandler::new(answerer().await.to_string()).unwrap();
+    let socket = over_socket(ScriptedHandler::echo()).await;
     let echo = ScriptedHandler::echo;
     let batch = "llm_query_batched(['x'] * 20)";
     let many = "for _ in range(1000): llm_query('x')";
