@@ -150,9 +150,22 @@ pub trait LmHandler: Send + Sync {
         None
     }
 
+    /// What a call is likely to cost in US dollars, where prices are known.
+    fn expected_cost(&self, _request: &LmRequest) -> Option<f64> {
+        None
+    }
+
     /// Whether it answers calls of this kind with sessions of their own. Their calls count by
     /// themselves into what a tenant has in flight and what it spent, so this one doesn't.
     fn nests(&self, _kind: LmKind) -> bool {
+        false
+    }
+
+    /// Whether it takes a batch of this kind better as a whole than call by call. Those who call it
+    /// book what calls cost as they are answered, which a batch as a whole keeps from them until its
+    /// end; so a handler that has its own [`complete_batch`](Self::complete_batch) says `true` here, or
+    /// it isn't asked for it.
+    fn batches(&self, _kind: LmKind) -> bool {
         false
     }
 
@@ -171,7 +184,7 @@ pub trait LmHandler: Send + Sync {
 }
 
 /// Answers a batch call by call.
-async fn fan_out<H: LmHandler + ?Sized>(
+pub(crate) async fn fan_out<H: LmHandler + ?Sized>(
     handler: &H,
     requests: &[LmRequest],
     concurrency: usize,

@@ -1,5 +1,6 @@
 //! Budgets: what several sessions may spend on language models together.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,12 +10,14 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    LmCompletion, LmError, LmHandler, LmKind, LmRequest, UsageSummary, estimated_tokens, in_batch,
-    usage_of,
+    LmCompletion, LmError, LmHandler, LmKind, LmRequest, ModelUsage, UsageSummary,
+    estimated_tokens, usage_of,
 };
 use crate::error::{Error, Result};
 
 const CONCURRENCY_MAX: u32 = 100_000;
+/// Kinds of calls whose cost is learnt.
+const LINES_MAX: usize = 256;
 const WALL_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// What calls may spend together. Every field is finite by default.
@@ -135,9 +138,11 @@ pub struct Spent {
 
 /// A budget, shared by everything that was given a clone of it or a [`handler`](Self::handler).
 ///
-/// What a call costs is known when it's answered. As long as what calls in flight are likely to cost
-/// fits into what is left, they run at once; near the end of the budget they run one by one. So a
-/// budget is overspent by at most about one call.
+/// What a call costs is known when it's answered. Until then it counts with what it's likely to cost:
+/// what its handler expects from its prices, or what calls of that model have cost so far on average.
+/// Calls run at once as long as that fits into what is left, and one by one near the end of the
+/// budget. So it's overspent by what calls in flight cost more than expected. Of a model whose price
+/// nobody knows before its first answer, all that are in flight then are unexpected.
 ///
 /// A prompt that was sent is spent, also when nobody waited for the answer. Dropping a call gives
 /// everything else back.
@@ -176,13 +181,31 @@ struct Books {
     prompt_bytes: u64,
     in_flight: u32,
     usage: UsageSummary,
-    tokens: u64,
-    cost: f64,
-    /// Answers that `tokens` and `cost` are of.
-    answers: u64,
+    /// What answers cost, by whom they were asked of.
+    seen: HashMap<Line, Seen>,
     /// What calls in flight are likely to cost.
     expected: Expected,
     exhausted: Option<Exhausted>,
+}
+
+/// Calls that are likely to cost alike: of one model by name, or of one level of a loop.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Line {
+    model: Option<String>,
+    depth: i32,
+}
+
+impl Line {
+    fn of(request: &LmRequest) -> Self {
+        Self { model: request.model.clone(), depth: request.depth }
+    }
+}
+
+/// Answers, and what they cost together.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    answers: u64,
+    cost: Expected,
 }
 
 /// What calls are likely to cost.
@@ -193,17 +216,41 @@ struct Expected {
 }
 
 impl Books {
+    fn tokens(&self) -> u64 {
+        self.usage.input_tokens().saturating_add(self.usage.output_tokens())
+    }
+
+    fn cost(&self) -> f64 {
+        self.usage.cost().unwrap_or(0.0)
+    }
+
     /// What a prompt of so many bytes is likely to cost: as much as those before on average, and no
     /// fewer tokens than it has itself.
-    fn expect(&self, bytes: usize) -> Expected {
-        let answers = self.answers.max(1);
-        let tokens = (self.tokens / answers).max(estimated_tokens(bytes));
-        Expected { tokens, cost: self.cost / answers as f64 }
+    fn expect(&self, line: &Line, bytes: usize) -> Expected {
+        let seen = self.seen.get(line).copied().unwrap_or_default();
+        let answers = seen.answers.max(1);
+        let own = estimated_tokens(bytes);
+        let tokens = (seen.cost.tokens / answers).max(own);
+        Expected { tokens, cost: seen.cost.cost / answers as f64 }
+    }
+
+    fn learn(&mut self, line: Line, spent: &[ModelUsage]) {
+        // Guests name models.
+        if self.seen.len() >= LINES_MAX && !self.seen.contains_key(&line) {
+            return;
+        }
+        let mut sum = UsageSummary::default();
+        sum.add(spent);
+        let seen = self.seen.entry(line).or_default();
+        seen.answers += 1;
+        let tokens = sum.input_tokens().saturating_add(sum.output_tokens());
+        seen.cost.tokens = seen.cost.tokens.saturating_add(tokens);
+        seen.cost.cost += sum.cost().unwrap_or(0.0);
     }
 
     fn fits(&self, limits: &BudgetLimits, more: Expected) -> bool {
-        let tokens = self.tokens.saturating_add(self.expected.tokens).saturating_add(more.tokens);
-        tokens <= limits.tokens && self.cost + self.expected.cost + more.cost <= limits.cost
+        let tokens = self.tokens().saturating_add(self.expected.tokens).saturating_add(more.tokens);
+        tokens <= limits.tokens && self.cost() + self.expected.cost + more.cost <= limits.cost
     }
 }
 
@@ -250,8 +297,8 @@ impl Budget {
         Arc::new(Paid { budget: self.clone(), inner })
     }
 
-    /// Which part is used up, if one is: no call can be made any more. Calls and prompt bytes count
-    /// as used up when a call was refused for them.
+    /// Which part is used up, if one is: no call can be made any more. Calls count as used up when one
+    /// was refused.
     #[must_use]
     pub fn exhausted(&self) -> Option<Exhausted> {
         let over = self.0.overtime();
@@ -306,48 +353,47 @@ impl Inner {
     }
 
     /// A call may be sent, or has to wait for those in flight.
-    fn admit(&self, count: u64, bytes: u64, expected: Expected) -> Result<bool, Exhausted> {
+    fn admit(&self, bytes: u64, expected: Expected) -> Result<bool, Exhausted> {
         if let Some(exhausted) = self.overtime() {
             return Err(exhausted);
         }
         let limits = &self.limits;
         let mut books = self.books();
-        let refused = if books.calls.saturating_add(count) > limits.calls {
+        if let Some(exhausted) = &books.exhausted {
+            return Err(exhausted.clone());
+        }
+        if books.prompt_bytes.saturating_add(bytes) > limits.prompt_bytes {
+            // Another prompt may be shorter.
+            let (sent, most) = (grouped(books.prompt_bytes), grouped(limits.prompt_bytes));
             let message =
-                format!("LM call limit exceeded: {} + {count} > {}", books.calls, limits.calls);
-            Some(Exhausted { part: BudgetPart::Calls, message })
-        } else if books.prompt_bytes.saturating_add(bytes) > limits.prompt_bytes {
-            let message = format!(
-                "Prompt limit exceeded: {} + {bytes} of {} bytes",
-                grouped(books.prompt_bytes),
-                grouped(limits.prompt_bytes)
-            );
-            Some(Exhausted { part: BudgetPart::PromptBytes, message })
-        } else {
-            books.exhausted.clone()
-        };
-        if let Some(exhausted) = refused {
-            // A batch is refused whole, but its calls may still fit one by one.
-            if count == 1 {
-                books.exhausted.get_or_insert_with(|| exhausted.clone());
-                drop(books);
-                self.changed.notify_waiters();
-            }
+                format!("Prompt limit exceeded: {sent} + {} of {most} bytes", grouped(bytes));
+            return Err(Exhausted { part: BudgetPart::PromptBytes, message });
+        }
+        if books.calls >= limits.calls {
+            let message = format!("LM call limit exceeded: {} + 1 > {}", books.calls, limits.calls);
+            let exhausted = Exhausted { part: BudgetPart::Calls, message };
+            books.exhausted = Some(exhausted.clone());
+            drop(books);
+            self.changed.notify_waiters();
             return Err(exhausted);
         }
         if books.in_flight > 0 && !books.fits(limits, expected) {
             return Ok(false);
         }
-        books.calls += count;
+        books.calls += 1;
         books.prompt_bytes += bytes;
-        books.in_flight = books.in_flight.saturating_add(u32::try_from(count).unwrap_or(u32::MAX));
+        books.in_flight += 1;
         books.expected.tokens = books.expected.tokens.saturating_add(expected.tokens);
         books.expected.cost += expected.cost;
         Ok(true)
     }
 
-    /// Waits for its turn to send a call.
-    async fn admitted(self: &Arc<Self>, request: &LmRequest) -> Result<Ticket, Exhausted> {
+    /// Waits for its turn to send a call, which its handler expects to cost so much.
+    async fn admitted(
+        self: &Arc<Self>,
+        request: &LmRequest,
+        cost: Option<f64>,
+    ) -> Result<Ticket, Exhausted> {
         let bytes = request.prompt.bytes();
         let deadline = self.start + self.limits.wall;
         let permits = Arc::clone(&self.permits);
@@ -358,42 +404,14 @@ impl Inner {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
-            let expected = self.books().expect(bytes);
-            if self.admit(1, bytes as u64, expected)? {
+            let mut expected = self.books().expect(&Line::of(request), bytes);
+            expected.cost = expected.cost.max(cost.unwrap_or(0.0));
+            if self.admit(bytes as u64, expected)? {
                 let inner = Arc::clone(self);
-                return Ok(Ticket { inner, count: 1, expected, _permit: permit });
+                return Ok(Ticket { inner, expected, _permit: permit });
             }
             let _ = timeout_at(deadline, changed).await;
         }
-    }
-
-    /// Leave to send a batch as it is, when there is no doubt that it fits.
-    fn admitted_batch(
-        self: &Arc<Self>,
-        requests: &[LmRequest],
-        concurrency: usize,
-    ) -> Option<(Ticket, usize)> {
-        let most = concurrency.clamp(1, requests.len().max(1));
-        let wanted = u32::try_from(most).ok()?;
-        let permit = Arc::clone(&self.permits).try_acquire_many_owned(wanted).ok()?;
-        let (mut bytes, mut expected) = (0, Expected::default());
-        {
-            let books = self.books();
-            for request in requests {
-                let size = request.prompt.bytes();
-                bytes += size as u64;
-                let one = books.expect(size);
-                expected.tokens = expected.tokens.saturating_add(one.tokens);
-                expected.cost += one.cost;
-            }
-            if !books.fits(&self.limits, expected) {
-                return None;
-            }
-        }
-        let count = u32::try_from(requests.len()).ok()?;
-        let admitted = matches!(self.admit(count.into(), bytes, expected), Ok(true));
-        let inner = Arc::clone(self);
-        admitted.then(|| (Ticket { inner, count, expected, _permit: Some(permit) }, most))
     }
 
     fn timed_out(&self) -> Exhausted {
@@ -406,30 +424,25 @@ impl Inner {
     }
 
     /// Counts what a call cost. An error mostly cost nothing.
-    fn book(&self, result: &Result<LmCompletion, LmError>) {
+    fn book(&self, request: &LmRequest, result: &Result<LmCompletion, LmError>) {
         let spent = usage_of(result);
         if result.is_err() && spent.is_empty() {
             return;
         }
         let limits = &self.limits;
         let mut books = self.books();
-        for usage in spent {
-            let tokens = usage.input_tokens.saturating_add(usage.output_tokens);
-            books.tokens = books.tokens.saturating_add(tokens);
-            books.cost += usage.cost.unwrap_or(0.0);
-        }
-        books.answers += 1;
         books.usage.add(spent);
+        books.learn(Line::of(request), spent);
         if books.exhausted.is_some() {
             return;
         }
-        if books.tokens >= limits.tokens {
-            let (used, limit) = (grouped(books.tokens), grouped(limits.tokens));
+        let (tokens, cost) = (books.tokens(), books.cost());
+        if tokens >= limits.tokens {
+            let (used, limit) = (grouped(tokens), grouped(limits.tokens));
             let message = format!("Token limit exceeded: {used} of {limit} tokens");
             books.exhausted = Some(Exhausted { part: BudgetPart::Tokens, message });
-        } else if books.cost > 0.0 && books.cost >= limits.cost {
-            let message =
-                format!("Budget exhausted (spent ${:.6} of ${:.6})", books.cost, limits.cost);
+        } else if cost > 0.0 && cost >= limits.cost {
+            let message = format!("Budget exhausted (spent ${cost:.6} of ${:.6})", limits.cost);
             books.exhausted = Some(Exhausted { part: BudgetPart::Cost, message });
         }
     }
@@ -451,7 +464,6 @@ fn grouped(number: u64) -> String {
 /// Calls in flight, until it's dropped.
 struct Ticket {
     inner: Arc<Inner>,
-    count: u32,
     expected: Expected,
     _permit: Option<OwnedSemaphorePermit>,
 }
@@ -459,7 +471,7 @@ struct Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut books = self.inner.books();
-        books.in_flight -= self.count;
+        books.in_flight -= 1;
         books.expected.tokens = books.expected.tokens.saturating_sub(self.expected.tokens);
         // Sums of floats don't come back to nothing by themselves.
         let cost =
@@ -479,12 +491,17 @@ struct Paid {
 #[async_trait]
 impl LmHandler for Paid {
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
-        let ticket = self.budget.0.admitted(request).await?;
+        let cost = self.inner.expected_cost(request);
+        let ticket = self.budget.0.admitted(request, cost).await?;
         let inner = &ticket.inner;
         let answer = timeout_at(self.budget.deadline(), self.inner.complete(request)).await;
         let result = answer.map_err(|_| inner.timed_out())?;
-        inner.book(&result);
+        inner.book(request, &result);
         result
+    }
+
+    fn expected_cost(&self, request: &LmRequest) -> Option<f64> {
+        self.inner.expected_cost(request)
     }
 
     fn model_name(&self, depth: i32) -> Option<&str> {
@@ -493,25 +510,6 @@ impl LmHandler for Paid {
 
     fn nests(&self, kind: LmKind) -> bool {
         self.inner.nests(kind)
-    }
-
-    async fn complete_batch(
-        &self,
-        requests: &[LmRequest],
-        concurrency: usize,
-    ) -> Vec<Result<LmCompletion, LmError>> {
-        let Some((ticket, concurrency)) = self.budget.0.admitted_batch(requests, concurrency)
-        else {
-            return super::fan_out(self, requests, concurrency).await;
-        };
-        let inner = &ticket.inner;
-        let batch = self.inner.complete_batch(requests, concurrency);
-        let Ok(results) = timeout_at(self.budget.deadline(), batch).await else {
-            let error = in_batch(inner.timed_out().into());
-            return vec![Err(error); requests.len()];
-        };
-        results.iter().for_each(|result| inner.book(result));
-        results
     }
 }
 

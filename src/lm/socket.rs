@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time;
 
 use super::wire::{CompletionJson, ReplyJson, RequestJson};
-use super::{LmCompletion, LmError, LmHandler, LmRequest, LmToken};
+use super::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, LmToken};
 use crate::error::{Error, Result};
 use crate::frame;
 
@@ -210,6 +210,11 @@ impl SocketHandler {
 
 #[async_trait]
 impl LmHandler for SocketHandler {
+    /// A batch is one frame.
+    fn batches(&self, _kind: LmKind) -> bool {
+        true
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let prompt = Some((&request.prompt).into());
         let request = RequestJson { prompt, ..self.request(request) };

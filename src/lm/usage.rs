@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value as Json, json};
 
+use super::MODEL_NAME_BYTES_MAX;
+
 /// Models that one summary tells apart: their names may come from a guest.
 const MODELS_MAX: usize = 256;
 /// Under which the rest is counted.
@@ -53,11 +55,9 @@ impl UsageSummary {
     /// Adds what calls cost.
     pub fn add(&mut self, usage: &[ModelUsage]) {
         for one in usage {
-            let name = match self.models.contains_key(&one.model) {
-                true => one.model.as_str(),
-                false if self.models.len() < MODELS_MAX => one.model.as_str(),
-                false => OTHER_MODELS,
-            };
+            let known = self.models.contains_key(&one.model);
+            let fits = self.models.len() < MODELS_MAX && one.model.len() <= MODEL_NAME_BYTES_MAX;
+            let name = if known || fits { one.model.as_str() } else { OTHER_MODELS };
             let sum = match self.models.get_mut(name) {
                 Some(sum) => sum,
                 None => self.models.entry(name.to_owned()).or_insert_with(|| ModelUsage {
@@ -68,7 +68,8 @@ impl UsageSummary {
             sum.calls = sum.calls.saturating_add(one.calls);
             sum.input_tokens = sum.input_tokens.saturating_add(one.input_tokens);
             sum.output_tokens = sum.output_tokens.saturating_add(one.output_tokens);
-            if let Some(cost) = one.cost {
+            // A handler's own figure, which may be a server's: money doesn't come back.
+            if let Some(cost) = one.cost.filter(|cost| cost.is_finite() && *cost >= 0.0) {
                 sum.cost = Some(sum.cost.unwrap_or(0.0) + cost);
             }
         }
@@ -206,5 +207,15 @@ mod tests {
         assert_eq!(usage.calls(), 10_000);
         let rest = usage.models().find(|usage| usage.model == OTHER_MODELS).unwrap();
         assert_eq!(rest.calls, 10_000 - MODELS_MAX as u64);
+        let mut usage = UsageSummary::default();
+        usage.add(&[call(&"m".repeat(MODEL_NAME_BYTES_MAX + 1), None)]);
+        assert_eq!(usage.models().next().unwrap().model, OTHER_MODELS);
+    }
+
+    #[test]
+    fn money_does_not_come_back() {
+        let mut usage = UsageSummary::default();
+        usage.add(&[call("m", Some(1.0)), call("m", Some(-1e9)), call("m", Some(f64::NAN))]);
+        assert_eq!((usage.calls(), usage.cost()), (3, Some(1.0)));
     }
 }

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use futures_util::future::join_all;
 
 use super::*;
-use crate::lm::{ModelUsage, Prompt};
+use crate::lm::Prompt;
 
 /// Answers after a while; counts how many at once, and what was dropped.
 #[derive(Default)]
@@ -18,7 +18,7 @@ struct Model {
     price: (u64, f64),
     now: AtomicUsize,
     most: AtomicUsize,
-    batches: AtomicUsize,
+    knows_prices: bool,
 }
 
 struct InFlight<'a>(&'a AtomicUsize);
@@ -54,13 +54,8 @@ impl LmHandler for Model {
         Ok(LmCompletion { response: "yes".into(), usage, ..LmCompletion::default() })
     }
 
-    async fn complete_batch(
-        &self,
-        requests: &[LmRequest],
-        concurrency: usize,
-    ) -> Vec<Result<LmCompletion, LmError>> {
-        self.batches.fetch_add(1, Ordering::SeqCst);
-        crate::lm::fan_out(self, requests, concurrency).await
+    fn expected_cost(&self, _: &LmRequest) -> Option<f64> {
+        self.knows_prices.then_some(self.price.1)
     }
 }
 
@@ -101,11 +96,6 @@ async fn every_part_ends_calls_with_its_own_words() {
             BudgetLimits { cost: 0.5, ..LIMITS },
             BudgetPart::Cost,
             "Budget exhausted (spent $0.500000 of $0.500000)",
-        ),
-        (
-            BudgetLimits { prompt_bytes: 8, ..LIMITS },
-            BudgetPart::PromptBytes,
-            "Prompt limit exceeded: 8 + 4 of 8 bytes",
         ),
         (
             BudgetLimits { wall: Duration::from_secs(2), ..LIMITS },
@@ -181,14 +171,50 @@ async fn near_its_end_a_budget_is_spent_call_by_call() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_batch_that_fits_goes_on_as_a_batch() {
-    let (_, model, handler) = paid(LIMITS, Model::default());
+async fn a_failure_in_a_batch_fills_its_own_slot() {
+    let (budget, _, handler) = paid(LIMITS, Model::default());
     let requests = [ask("a"), ask("fail"), ask("c")];
     let answers = handler.complete_batch(&requests, 8).await;
-    assert_eq!(model.batches.load(Ordering::SeqCst), 1);
     assert!(answers[0].is_ok() && answers[2].is_ok());
     assert_eq!(answers[1].as_ref().unwrap_err().message, "llm() call failed - failed");
     assert!(handler.complete_batch(&[], 8).await.is_empty());
+    assert_eq!(budget.spent().calls, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_prompt_that_is_too_long_is_refused_alone() {
+    let (budget, _, handler) = paid(BudgetLimits { prompt_bytes: 8, ..LIMITS }, Model::default());
+    handler.complete(&ask("four")).await.unwrap();
+    let error = handler.complete(&ask("longer")).await.unwrap_err().message;
+    assert_eq!(error, "Prompt limit exceeded: 4 + 6 of 8 bytes");
+    handler.complete(&ask("four")).await.unwrap();
+    assert_eq!((budget.spent().prompt_bytes, budget.exhausted()), (8, None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handler_that_knows_its_prices_is_not_overspent_from_the_first_call_on() {
+    let limits = BudgetLimits { cost: 5.0, concurrency: 100, ..LIMITS };
+    let latency = Duration::from_secs(1);
+    let model = Model { latency, price: (1, 0.5), knows_prices: true, ..Model::default() };
+    let (budget, model, handler) = paid(limits, model);
+    // A cheap model before it says nothing about this one.
+    handler.complete(&LmRequest { depth: 0, ..ask("root") }).await.unwrap();
+    let requests: Vec<_> = (0..200).map(|number| ask(&format!("{number}"))).collect();
+    let answers = handler.complete_batch(&requests, 200).await;
+    assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 9);
+    assert_eq!(budget.spent().usage.cost(), Some(5.0));
+    assert!(model.most.load(Ordering::SeqCst) > 4, "they run at once as long as they fit");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_answered_before_a_batch_was_dropped_is_paid_for() {
+    let latency = Duration::from_secs(1);
+    let model = Model { latency, price: (1, 0.5), ..Model::default() };
+    let (budget, _, handler) = paid(BudgetLimits { concurrency: 2, ..LIMITS }, model);
+    let requests: Vec<_> = (0..8).map(|number| ask(&format!("{number}"))).collect();
+    let batch = handler.complete_batch(&requests, 8);
+    assert!(tokio::time::timeout(Duration::from_millis(2_500), batch).await.is_err());
+    assert_eq!(budget.spent().usage.cost(), Some(2.0));
 }
 
 #[tokio::test(start_paused = true)]
