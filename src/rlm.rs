@@ -33,7 +33,7 @@ pub use self::session::RlmSession;
 pub use self::tools::RlmTool;
 use crate::environment::{Backend, Context, EnvironmentOptions};
 use crate::error::{Error, Result};
-use crate::lm::{BudgetLimits, LmHandler};
+use crate::lm::{BudgetLimits, Ledger, LmHandler};
 
 /// Children that a run may begin when the options don't say.
 const CHILDREN_DEFAULT: u32 = 256;
@@ -272,7 +272,7 @@ impl Rlm {
     ) -> Result<RlmCompletion, RlmError> {
         let (scope, context) = session::root_scope(&self.0, context)?;
         let mut session = self.session().await?;
-        let result = session.answer(context, question, scope, false).await;
+        let result = session.answer(context, question, scope, Ledger::default(), false).await;
         match (result, session.close().await) {
             (Ok(completion), Err(error)) => Err(RlmError {
                 reason: error.into(),

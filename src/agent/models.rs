@@ -1,16 +1,20 @@
 //! Calls of language models from inside a cell.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
 use serde_json::{Value as Json, json};
 
 use super::{Answer, CALL_BYTES_KEPT_MAX, Conversation, Done};
 use crate::environment::{LmCall, Profile};
 use crate::error::{Error, Result};
 use crate::lm::{
-    LmCompletion, LmError, LmHandler, LmKind, LmRequest, MODEL_NAME_BYTES_MAX, ModelUsage, Prompt,
+    Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, MODEL_NAME_BYTES_MAX, Prompt,
+    fan_out, usage_of,
 };
 use crate::protocol::{LmCallMessage, Message, decode_within, encode_text, text_of};
+use crate::tenant::LmQuota;
 use crate::value::Value;
 
 impl Conversation {
@@ -40,18 +44,16 @@ impl Conversation {
         {
             return Ok(self.complete(handler, request));
         }
-        let (quota, concurrency) = (self.quota.clone(), self.limits.lm_concurrency as usize);
+        let caller = self.caller(handler, kind);
+        let concurrency = self.limits.lm_concurrency as usize;
         Ok(Answer::Later(Box::pin(async move {
-            let most = concurrency.min(requests.len());
-            let permits = match &quota {
-                // Those who answer with sessions must not wait for what these need.
-                Some(quota) if !handler.nests(kind) => {
-                    Some(quota.permits(u32::try_from(most).unwrap_or(u32::MAX)).await)
-                }
-                _ => None,
+            let most = u32::try_from(concurrency.min(requests.len())).unwrap_or(u32::MAX);
+            let permits = match &caller.quota {
+                Some(quota) => Some(quota.permits(most).await),
+                None => None,
             };
             let concurrency = permits.as_ref().map_or(concurrency, |leave| leave.count() as usize);
-            let results = handler.complete_batch(&requests, concurrency).await;
+            let results = caller.complete_batch(&requests, concurrency).await;
             Done::Batch { requests, results }
         })))
     }
@@ -76,9 +78,7 @@ impl Conversation {
         }
         let bytes = self.calls.bytes.saturating_add(bytes);
         if bytes > CALL_BYTES_KEPT_MAX {
-            return Err(format!(
-                "prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes"
-            ));
+            return Err(too_many_bytes());
         }
         if let Some(quota) = &self.quota {
             quota.calls(count).map_err(|error| error.to_string())?;
@@ -89,15 +89,23 @@ impl Conversation {
     }
 
     fn complete(&self, handler: Arc<dyn LmHandler>, request: LmRequest) -> Answer {
-        let quota = self.quota.clone();
+        let caller = self.caller(handler, request.kind);
         Answer::Later(Box::pin(async move {
-            let _permit = match &quota {
-                Some(quota) if !handler.nests(request.kind) => Some(quota.permits(1).await),
-                _ => None,
+            let _permit = match &caller.quota {
+                Some(quota) => Some(quota.permits(1).await),
+                None => None,
             };
-            let result = handler.complete(&request).await;
+            let result = caller.complete(&request).await;
             Done::Completion { request, result }
         }))
+    }
+
+    fn caller(&self, handler: Arc<dyn LmHandler>, kind: LmKind) -> Caller {
+        // Those who answer with sessions must not wait for what these need, and these book what
+        // their calls cost.
+        let quota = self.quota.clone().filter(|_| !handler.nests(kind));
+        let allowance = AtomicUsize::new(CALL_BYTES_KEPT_MAX.saturating_sub(self.calls.bytes));
+        Caller { handler, ledger: self.ledger.clone(), quota, allowance }
     }
 
     /// A single answer goes without a header, which would have to be taken apart, and is lent to the
@@ -109,10 +117,7 @@ impl Conversation {
     ) -> Message {
         let mut completion = match result {
             Ok(completion) => completion,
-            Err(error) => {
-                self.book(request.kind, &error.usage);
-                return refusal(&error.message);
-            }
+            Err(error) => return refusal(&error.message),
         };
         let response = std::mem::take(&mut completion.response);
         self.note(request, completion, response.len());
@@ -146,7 +151,6 @@ impl Conversation {
                     response
                 }
                 Err(error) => {
-                    self.book(request.kind, &error.usage);
                     let response = encode_text(&format!("Error: {error}"), &mut message.body);
                     failed.get_or_insert(error);
                     response
@@ -162,21 +166,10 @@ impl Conversation {
         message
     }
 
-    /// Keeps an answer of so many bytes for the report, and counts what it cost.
+    /// Keeps an answer of so many bytes for the report.
     fn note(&mut self, request: LmRequest, completion: LmCompletion, bytes: usize) {
         self.calls.bytes = self.calls.bytes.saturating_add(bytes);
-        self.book(request.kind, &completion.usage);
         self.calls.completions.push(LmCall { prompt: request.prompt, completion });
-    }
-
-    /// Counts what a call cost.
-    fn book(&self, kind: LmKind, usage: &[ModelUsage]) {
-        self.ledger.add(usage);
-        // What answers with sessions has booked their calls already.
-        let nests = self.lm.as_ref().is_some_and(|handler| handler.nests(kind));
-        if let Some(quota) = self.quota.as_ref().filter(|_| !nests) {
-            quota.book(usage);
-        }
     }
 
     /// The message that [`finish`](Self::finish) made was sent, or can't be.
@@ -187,6 +180,58 @@ impl Conversation {
             call.completion.response = text_of(message.body);
         }
     }
+}
+
+/// Asks for one call of the guest, and books what answers cost as they come: the cell may be gone by the
+/// time that the last one is there.
+struct Caller {
+    handler: Arc<dyn LmHandler>,
+    ledger: Ledger,
+    /// None for calls that are answered by sessions.
+    quota: Option<LmQuota>,
+    /// Bytes of answers that the host still keeps for this cell.
+    allowance: AtomicUsize,
+}
+
+impl Caller {
+    fn booked(&self, result: Result<LmCompletion, LmError>) -> Result<LmCompletion, LmError> {
+        let usage = usage_of(&result);
+        self.ledger.add(usage);
+        if let Some(quota) = &self.quota {
+            quota.book(usage);
+        }
+        let completion = result?;
+        let bytes = completion.response.len();
+        let taken = |left: usize| left.checked_sub(bytes);
+        match self.allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken) {
+            Ok(_) => Ok(completion),
+            Err(_) => Err(LmError::new(too_many_bytes())),
+        }
+    }
+}
+
+#[async_trait]
+impl LmHandler for Caller {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
+        self.booked(self.handler.complete(request).await)
+    }
+
+    async fn complete_batch(
+        &self,
+        requests: &[LmRequest],
+        concurrency: usize,
+    ) -> Vec<Result<LmCompletion, LmError>> {
+        let as_a_whole = requests.first().is_some_and(|first| self.handler.batches(first.kind));
+        if !as_a_whole {
+            return fan_out(self, requests, concurrency).await;
+        }
+        let results = self.handler.complete_batch(requests, concurrency).await;
+        results.into_iter().map(|result| self.booked(result)).collect()
+    }
+}
+
+fn too_many_bytes() -> String {
+    format!("prompts and responses of one cell exceed {CALL_BYTES_KEPT_MAX} bytes")
 }
 
 /// What the guest is told instead of answers. How it words that in cells, and whether it raises, is

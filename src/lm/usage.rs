@@ -144,21 +144,28 @@ impl UsageSummary {
     }
 }
 
-/// A summary that several parties add to.
+/// A summary that several parties add to, and that may be a part of another.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Ledger(Arc<Mutex<UsageSummary>>);
+pub(crate) struct Ledger {
+    own: Arc<Mutex<UsageSummary>>,
+    whole: Option<Arc<Ledger>>,
+}
 
 impl Ledger {
+    /// A ledger of its own, whose entries are this one's, too.
+    pub(crate) fn part(&self) -> Self {
+        Self { own: Arc::default(), whole: Some(Arc::new(self.clone())) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, UsageSummary> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn add(&self, usage: &[ModelUsage]) {
         self.lock().add(usage);
-    }
-
-    pub(crate) fn merge(&self, usage: &UsageSummary) {
-        self.lock().merge(usage);
+        if let Some(whole) = &self.whole {
+            whole.add(usage);
+        }
     }
 
     pub(crate) fn total(&self) -> UsageSummary {

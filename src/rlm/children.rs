@@ -10,7 +10,9 @@ use super::scope::Scope;
 use super::session::RlmSession;
 use super::{Inner, RlmEvent, RlmStop};
 use crate::environment::Context;
-use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt, usage_of};
+use crate::lm::{
+    Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt, fan_out, usage_of,
+};
 
 /// Characters of a prompt that observers are shown, as in RLM.
 const PREVIEW_CHARS: usize = 80;
@@ -89,24 +91,19 @@ impl CellCalls {
         let mut session = RlmSession::open(Arc::clone(&self.rlm), depth, model, Some(&link.scope))
             .await
             .map_err(failed)?;
-        let result = session.answer(context, None, Arc::clone(&link.scope), false).await;
+        let ledger = link.ledger.part();
+        let result = session.answer(context, None, Arc::clone(&link.scope), ledger, false).await;
         // The answer is there; what can't be given back goes with the session.
         let _ = session.close().await;
         match result {
-            Ok(completion) => {
-                link.ledger.merge(&completion.usage);
-                Ok(LmCompletion {
-                    model: completion.root_model,
-                    response: completion.response,
-                    usage: completion.usage.into_models(),
-                    execution_time: completion.execution_time,
-                    metadata: completion.metadata,
-                })
-            }
-            Err(error) => {
-                link.ledger.merge(&error.usage);
-                Err(failed(error.reason).with_usage(error.usage.into_models()))
-            }
+            Ok(completion) => Ok(LmCompletion {
+                model: completion.root_model,
+                response: completion.response,
+                usage: completion.usage.into_models(),
+                execution_time: completion.execution_time,
+                metadata: completion.metadata,
+            }),
+            Err(error) => Err(failed(error.reason).with_usage(error.usage.into_models())),
         }
     }
 }
@@ -144,6 +141,10 @@ impl Drop for InFlight<'_> {
 
 #[async_trait]
 impl LmHandler for CellCalls {
+    fn model_name(&self, depth: i32) -> Option<&str> {
+        self.rlm.lm.model_name(depth)
+    }
+
     fn nests(&self, kind: LmKind) -> bool {
         kind == LmKind::Rlm && self.recursion() == Recursion::Children
     }
@@ -164,28 +165,24 @@ impl LmHandler for CellCalls {
         })
     }
 
+    /// Children run a few at once, and failures of theirs are worded as such.
+    fn batches(&self, kind: LmKind) -> bool {
+        kind == LmKind::Rlm && self.recursion() != Recursion::None
+    }
+
     async fn complete_batch(
         &self,
         requests: &[LmRequest],
         concurrency: usize,
     ) -> Vec<Result<LmCompletion, LmError>> {
-        let link = match self.link() {
-            Ok(link) => link,
-            Err(error) => return vec![Err(error); requests.len()],
-        };
-        let recursive = requests.iter().any(|request| request.kind == LmKind::Rlm);
-        if recursive && self.recursion() != Recursion::None {
-            let most = match self.recursion() {
-                Recursion::Children => self.rlm.options.max_concurrent_subcalls.min(concurrency),
-                _ => concurrency,
-            };
-            let calls: Vec<_> = requests.iter().map(|request| self.complete(request)).collect();
-            return stream::iter(calls).buffered(most.max(1)).collect().await;
+        if !requests.iter().any(|request| self.batches(request.kind)) {
+            return fan_out(self, requests, concurrency).await;
         }
-        let in_flight = InFlight::begin(&link.scope, self.depth, requests.len());
-        let results = link.scope.lm.complete_batch(requests, concurrency).await;
-        drop(in_flight);
-        results.iter().for_each(|result| link.ledger.add(usage_of(result)));
-        results
+        let most = match self.recursion() {
+            Recursion::Children => self.rlm.options.max_concurrent_subcalls.min(concurrency),
+            _ => concurrency,
+        };
+        let calls: Vec<_> = requests.iter().map(|request| self.complete(request)).collect();
+        stream::iter(calls).buffered(most.max(1)).collect().await
     }
 }

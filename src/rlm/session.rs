@@ -110,7 +110,7 @@ impl RlmSession {
         question: Option<&str>,
     ) -> Result<RlmCompletion, RlmError> {
         let (scope, context) = root_scope(&self.rlm, context)?;
-        self.answer(context, question, scope, true).await
+        self.answer(context, question, scope, Ledger::default(), true).await
     }
 
     /// The session itself.
@@ -133,9 +133,9 @@ impl RlmSession {
         context: Context,
         question: Option<&str>,
         scope: Arc<Scope>,
+        ledger: Ledger,
         kept: bool,
     ) -> Result<RlmCompletion, RlmError> {
-        let ledger = Ledger::default();
         let link = Link { scope: Arc::clone(&scope), ledger: ledger.clone() };
         *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
         let _linked = Linked(Arc::clone(&self.link));
