@@ -143,7 +143,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let kinds = ["delivery", "billing", "quality", "praise"];
     let expected: Vec<_> = kinds.map(|kind| format!("{kind} {}", count(kind))).into();
     assert_eq!(done.response, expected.join(", "));
-    // Each letter has an answer, ten of them two: half were too long.
+    // Each letter has an answer, five of them two: the first was too long.
     assert_eq!(done.usage.calls(), 4 + 200 + 5);
     assert!(asked.requests > 209 && asked.in_flight == 0);
     Ok(())
