@@ -166,6 +166,11 @@ pub trait Backend: Send + Sync {
     /// What its sessions can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// Whose sessions are those that are opened without a tenant, if the backend has tenants.
+    fn default_tenant(&self) -> Option<crate::tenant::Tenant> {
+        None
+    }
+
     /// Opens a session.
     ///
     /// # Errors
@@ -176,7 +181,8 @@ pub trait Backend: Send + Sync {
     async fn open(&self, options: EnvironmentOptions) -> Result<Box<dyn Environment>>;
 
     /// The same backend with sessions that begin with these contexts, which they share, if it has a
-    /// cheaper way to that than adding them to each. The default has none.
+    /// cheaper way to that than adding them to each. The default has none. What that costs is on the
+    /// account of the tenant of the options.
     ///
     /// # Errors
     ///
@@ -184,7 +190,7 @@ pub trait Backend: Send + Sync {
     async fn with_contexts(
         &self,
         _contexts: &[(u32, Context)],
-        _limits: &Limits,
+        _options: &EnvironmentOptions,
     ) -> Result<Option<Arc<dyn Backend>>> {
         Ok(None)
     }

@@ -195,7 +195,7 @@ pub(crate) async fn fan_out<H: LmHandler + ?Sized>(
 }
 
 /// The length of a value as JSON, about: escapes aren't counted, so that nothing is copied.
-fn json_bytes(json: &Json) -> usize {
+pub(crate) fn json_bytes(json: &Json) -> usize {
     match json {
         Json::Null | Json::Bool(_) | Json::Number(_) => 4,
         Json::String(text) => text.len() + 2,

@@ -94,6 +94,7 @@ pub struct RlmOptions {
     /// Levels of RLMs. Default 1: the root alone; `rlm_query` is a plain call then. At least 1.
     pub max_depth: u16,
     /// Turns of each RLM. Default 30, at least 1. After them comes one call that asks for an answer.
+    /// Of a response the first 64 blocks are run.
     pub max_iterations: u32,
     /// What a run may spend, its children included. RLM's `max_budget` is `cost`, `max_timeout` is
     /// `wall`, `max_tokens` is `tokens`. When one is used up, a running cell is interrupted too.
@@ -191,6 +192,9 @@ impl RlmOptions {
         at_least_1("max_iterations", self.max_iterations.into())?;
         at_least_1("max_errors", self.max_errors.into())?;
         at_least_1("max_concurrent_subcalls", self.max_concurrent_subcalls as u64)?;
+        if self.compaction.is_some_and(|compaction| compaction.context_tokens < 1_000) {
+            return Err(Error::invalid("compaction.context_tokens", "must be at least 1000"));
+        }
         if let Some(compaction) = self.compaction
             && !(compaction.threshold > 0.0 && compaction.threshold <= 1.0)
         {
@@ -273,14 +277,9 @@ impl Rlm {
         let (scope, context) = session::root_scope(&self.0, context)?;
         let mut session = self.session().await?;
         let result = session.answer(context, question, scope, Ledger::default(), false).await;
-        match (result, session.close().await) {
-            (Ok(completion), Err(error)) => Err(RlmError {
-                reason: error.into(),
-                partial_answer: Some(completion.response),
-                usage: completion.usage,
-            }),
-            (result, _) => result,
-        }
+        // The answer is there; what can't be given back goes with the session.
+        let _ = session.close().await;
+        result
     }
 
     /// A session for several questions.

@@ -27,7 +27,6 @@ pub use quotas::{Quotas, Refusals, TenantUsage};
 pub(crate) use turn::{LmQuota, Seat, Turn};
 
 use crate::error::{Error, Result};
-use crate::lm::ModelUsage;
 
 /// The name of the tenant of sessions that were opened without one.
 const DEFAULT_NAME: &str = "default";
@@ -131,9 +130,9 @@ impl Tenant {
         self.0.usage()
     }
 
-    /// Counts what calls cost that no session made.
-    pub(crate) fn book(&self, usage: &[ModelUsage]) {
-        self.0.book(usage);
+    /// Its quotas of LM calls, for calls that no session makes.
+    pub(crate) fn lm(&self) -> LmQuota {
+        LmQuota::of(&self.0)
     }
 
     /// A session's part of the tenant.

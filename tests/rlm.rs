@@ -666,3 +666,79 @@ async fn observers_see_every_step() {
     assert_eq!((last.calls_in_flight, last.input_tokens, last.output_tokens), (0, 30, 3));
     assert!((last.cost.unwrap() - 0.03).abs() < 1e-9);
 }
+
+#[tokio::test]
+async fn a_cell_does_not_begin_when_the_run_has_to_end() {
+    // The root's own call uses up the tokens; its cell would run for minutes.
+    let model = lines(&[&repl("while True: pass")]);
+    let budget = BudgetLimits { tokens: 10, ..BudgetLimits::default() };
+    let error = complete(&model, RlmOptions { budget, ..RlmOptions::default() }).await.unwrap_err();
+    assert_eq!(error.reason.name(), "tokens");
+    assert!(error.partial_answer.is_some());
+}
+
+#[tokio::test]
+async fn a_response_may_have_many_blocks_but_not_any_number() {
+    let many = vec![repl("n = globals().get('n', 0) + 1\nprint(n)"); 100].join("\n");
+    let model = lines(&[&many, &submit("n")]);
+    let done = complete(&model, RlmOptions::default()).await.unwrap();
+    assert_eq!((done.response.as_str(), done.cells), ("64", 65));
+    let output = model.messages(1)[4]["content"].as_str().unwrap().to_owned();
+    assert!(output.ends_with("REPL output (block 65):\nNot run: of a response 64 blocks are."));
+}
+
+#[tokio::test]
+async fn the_calls_of_a_loop_are_within_the_quotas_of_its_tenant() {
+    let runtime = common::runtime();
+    let quotas = Quotas { lm_calls: 2, ..Quotas::default() };
+    let tenant = runtime.tenant("few calls", quotas).unwrap();
+    let environment =
+        EnvironmentOptions { tenant: Some(tenant.clone()), ..EnvironmentOptions::default() };
+    let model = lines(&["thinking", "still", "never sent"]);
+    let options = RlmOptions { environment, ..RlmOptions::default() };
+    let error = complete(&model, options).await.unwrap_err();
+    assert!(error.to_string().contains("over its quota of lm_calls: 2 + 1 > 2"), "{error}");
+    assert_eq!(
+        (model.calls(), tenant.usage().lm_calls, tenant.usage().lm_usage.calls()),
+        (2, 2, 2)
+    );
+}
+
+#[tokio::test]
+async fn what_was_answered_counts_when_the_rest_is_dropped() {
+    let said = repl("llm_query_batched(['x'] * 200)");
+    let model = slow_model(Duration::from_millis(300), move |_, _| Ok(said.clone()));
+    let budget = BudgetLimits { wall: Duration::from_millis(900), ..BudgetLimits::default() };
+    let tenant = common::runtime().tenant("partly answered", Quotas::default()).unwrap();
+    let environment =
+        EnvironmentOptions { tenant: Some(tenant.clone()), ..EnvironmentOptions::default() };
+    let options = RlmOptions { budget, environment, ..RlmOptions::default() };
+    let error = complete(&model, options).await.unwrap_err();
+    assert_eq!(error.reason.name(), "timeout");
+    let counted = error.usage.calls();
+    assert!(counted > 32, "the root's call and a wave of 32 at least, not {counted}");
+    assert_eq!(tenant.usage().lm_usage.calls(), counted);
+}
+
+#[tokio::test]
+async fn long_answers_and_odd_contexts_come_through() {
+    let model = lines(&[&repl("x = 'é' * 3_000_000"), "FINAL_VAR(x)"]);
+    let done = complete(&model, RlmOptions::default()).await.unwrap();
+    assert_eq!(done.response.chars().count(), 3_000_000);
+    let model = lines(&[&submit("repr([context[0] != context[0], context[1]])")]);
+    let odd = Context::Json(br#"[NaN, "\ud800"]"#.to_vec());
+    let done = rlm(&model, RlmOptions::default()).complete(odd, None).await.unwrap();
+    assert_eq!(done.response, r"[True, '\ud800']");
+}
+
+#[tokio::test]
+async fn a_log_is_cut_to_what_people_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let flood = vec![repl("print('x' * 1_000_000)"); 30].join("\n");
+    let model = lines(&[&flood, &submit("1")]);
+    let options =
+        RlmOptions { log_dir: Some(directory.path().to_owned()), ..RlmOptions::default() };
+    let done = complete(&model, options).await.unwrap();
+    let bytes = fs::metadata(done.log.unwrap()).unwrap().len();
+    assert!(bytes < 3_000_000, "{bytes} bytes");
+}

@@ -180,20 +180,31 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
     let rlm = Rlm::new(Arc::new(base.backend()?), lm, options).map_err(named)?;
     let reactor = tokio::runtime::Runtime::new()
         .map_err(|e| Failure::Failed(format!("starting the runtime: {e}")))?;
-    let result = reactor.block_on(async {
-        let mut session = rlm.session().await.map_err(Ended::Run)?;
-        let result = cancellable(&rlm, session.complete(context, Some(&flags.question))).await?;
-        if let Some(path) = &snapshot_out {
-            session::save(session.environment(), path, console).await.map_err(Ended::Other)?;
+    let question = Some(flags.question.as_str());
+    let ending = reactor.block_on(async {
+        let Some(path) = &snapshot_out else {
+            let result = cancellable(&rlm, rlm.complete(context, question)).await;
+            display.finish();
+            return show(result, console, flags.json);
+        };
+        let mut session = match rlm.session().await {
+            Ok(session) => session,
+            Err(error) => return show(Err(Ended::Run(error)), console, flags.json),
+        };
+        let result = cancellable(&rlm, session.complete(context, question)).await;
+        display.finish();
+        let answered = result.is_ok();
+        // Whatever becomes of the snapshot: the answer was paid for.
+        let ending = show(result, console, flags.json)?;
+        if answered {
+            session::save(session.environment(), path, console).await?;
         }
-        session.close().await.map_err(|error| Ended::Other(error.into()))?;
-        Ok(result)
+        Ok(ending)
     });
     reactor.shutdown_background();
-    display.finish();
     // Unmapping what the process is about to lose anyway takes as long as running a cell.
     std::mem::forget(base);
-    show(result, console, flags.json)
+    ending
 }
 
 /// Why there is no answer.

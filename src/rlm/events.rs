@@ -77,6 +77,11 @@ pub enum RlmEvent<'a> {
         /// How often by now.
         count: u32,
     },
+    /// The messages could not be kept in the session's `history`; the answer is there all the same.
+    HistoryFailed {
+        /// Why.
+        reason: &'a str,
+    },
     /// The log could not be written; the run goes on without.
     LogFailed {
         /// Why.

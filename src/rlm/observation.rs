@@ -17,50 +17,34 @@ const LISTED_TYPES: &[&str] = &[
     "collections.defaultdict",
 ];
 
-/// One executed block, as far as the loop needs it.
-#[derive(Debug)]
-pub(super) struct Block {
-    pub(super) code: String,
-    pub(super) execution: Execution,
-    /// The session's variables after it.
-    pub(super) variables: Vec<Variable>,
-}
-
-/// The message about the blocks of one turn; `None` when there were none.
-pub(super) fn message(blocks: &[Block], chars_max: usize) -> Option<String> {
-    let several = blocks.len() > 1;
-    let part = |(number, block): (usize, &Block)| {
-        let text = cut(result(block), chars_max);
-        match several {
-            true => format!("REPL output (block {number}):\n{text}"),
-            false => format!("REPL output:\n{text}"),
-        }
+/// The message about the results of one turn's blocks; `None` when there were none.
+pub(super) fn message(results: &[String]) -> Option<String> {
+    let several = results.len() > 1;
+    let part = |(number, text): (usize, &String)| match several {
+        true => format!("REPL output (block {number}):\n{text}"),
+        false => format!("REPL output:\n{text}"),
     };
-    let parts: Vec<String> = (1..).zip(blocks).map(part).collect();
+    let parts: Vec<String> = (1..).zip(results).map(part).collect();
     (!parts.is_empty()).then(|| parts.join("\n\n"))
 }
 
 /// RLM's form of a result: stdout, stderr and the names of variables, as far as there are any.
-fn result(block: &Block) -> String {
+pub(super) fn result(execution: &Execution, variables: &[Variable], chars_max: usize) -> String {
     let mut parts = Vec::new();
-    for stream in [&block.execution.stdout, &block.execution.stderr] {
+    for stream in [&execution.stdout, &execution.stderr] {
         if !stream.bytes.is_empty() {
             parts.push(format!("\n{}", stream.text()));
         }
     }
     let listed = |variable: &&Variable| LISTED_TYPES.contains(&variable.type_name.as_str());
-    let names: Vec<String> = block
-        .variables
-        .iter()
-        .filter(listed)
-        .map(|variable| format!("'{}'", variable.name))
-        .collect();
+    let names = variables.iter().filter(listed).map(|variable| format!("'{}'", variable.name));
+    let names: Vec<String> = names.collect();
     if !names.is_empty() {
         parts.push(format!("REPL variables: [{}]\n", names.join(", ")));
     }
     match parts.is_empty() {
         true => "No output".into(),
-        false => parts.join("\n\n"),
+        false => cut(parts.join("\n\n"), chars_max),
     }
 }
 
@@ -83,7 +67,7 @@ mod tests {
     use crate::environment::{Outcome, Output};
     use crate::limits::Usage;
 
-    fn block(stdout: &str, stderr: &str, variables: &[(&str, &str)]) -> Block {
+    fn block(stdout: &str, stderr: &str, variables: &[(&str, &str)]) -> String {
         let output = |text: &str| Output {
             bytes: text.as_bytes().to_vec(),
             total_bytes: text.len() as u64,
@@ -95,23 +79,21 @@ mod tests {
             repr: String::new(),
             new: false,
         };
-        Block {
-            code: String::new(),
-            execution: Execution {
-                outcome: Outcome::Completed,
-                limit: None,
-                rolled_back: false,
-                stdout: output(stdout),
-                stderr: output(stderr),
-                value: None,
-                exception: None,
-                variables: Vec::new(),
-                final_answer: None,
-                lm_calls: Vec::new(),
-                usage: Usage::default(),
-            },
-            variables: variables.iter().map(variable).collect(),
-        }
+        let execution = Execution {
+            outcome: Outcome::Completed,
+            limit: None,
+            rolled_back: false,
+            stdout: output(stdout),
+            stderr: output(stderr),
+            value: None,
+            exception: None,
+            variables: Vec::new(),
+            final_answer: None,
+            lm_calls: Vec::new(),
+            usage: Usage::default(),
+        };
+        let variables: Vec<Variable> = variables.iter().map(variable).collect();
+        result(&execution, &variables, 20)
     }
 
     // The texts are what `rlm.utils.parsing.format_iteration` of rlms 0.1.3 makes.
@@ -141,7 +123,7 @@ mod tests {
                 Some(format!("REPL output:\n\n{}... + [6 chars...]", "é".repeat(19))),
             ),
         ] {
-            assert_eq!(message(&blocks, 20), expected);
+            assert_eq!(message(&blocks), expected);
         }
     }
 

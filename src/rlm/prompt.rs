@@ -5,7 +5,6 @@ use serde_json::{Value as Json, json};
 use super::Dialect;
 use super::tools::RlmTool;
 use crate::environment::Context;
-use crate::error::{Error, Result};
 
 const SYSTEM: &str = include_str!("prompts/system.md");
 const ORCHESTRATOR: &str = include_str!("prompts/orchestrator.md");
@@ -13,6 +12,8 @@ const ENDING_ANSWER: &str = include_str!("prompts/ending_answer.md");
 const ENDING_FINAL: &str = include_str!("prompts/ending_final.md");
 /// Where a system prompt of the user's own has the list of tools.
 pub(super) const TOOLS_SLOT: &str = "{tools}";
+/// A larger JSON context isn't taken apart to be measured.
+const PARSED_BYTES_MAX: usize = 4 << 20;
 const ENDING_SLOT: &str = "{ending}";
 
 /// What the last call is asked, when the turns have run out.
@@ -76,36 +77,42 @@ pub(super) fn system(
 }
 
 /// What the model is told about the context before the first turn.
-///
-/// # Errors
-///
-/// [`Error::Invalid`] when a context isn't the JSON that it is said to be.
-pub(super) fn metadata(context: &Context, question: Option<&str>) -> Result<String> {
-    let (kind, chars) = measure(context)?;
+pub(super) fn metadata(context: &Context, question: Option<&str>) -> String {
+    let (kind, chars) = measure(context);
     let body = format!(
         "Your context is a {kind} of {chars} total characters. Each sub-LLM call can handle roughly \
          ~100k tokens at once."
     );
-    Ok(match question {
+    match question {
         Some(question) => format!("Answer the following: {question}\n\n{body}"),
         None => body,
-    })
+    }
 }
 
 /// The type of a context in Python, and its size in characters as RLM counts it.
-fn measure(context: &Context) -> Result<(&'static str, usize)> {
-    let json = match context {
-        Context::Text(text) => return Ok(("str", chars(text))),
-        Context::Bytes(bytes) => return Ok(("bytes", bytes.len())),
+fn measure(context: &Context) -> (&'static str, usize) {
+    let text = match context {
+        Context::Text(text) => return ("str", chars(text)),
+        Context::Bytes(bytes) => return ("bytes", bytes.len()),
         Context::Json(json) => json,
     };
-    let json: Json =
-        serde_json::from_slice(json).map_err(|e| Error::invalid("context", e.to_string()))?;
+    // What only Python reads (`NaN`, half surrogate pairs) and what is too large to be taken apart
+    // here is measured as a whole. Whether it's JSON at all, the session says.
+    let small = text.len() <= PARSED_BYTES_MAX;
+    let Some(json) = small.then(|| serde_json::from_slice::<Json>(text).ok()).flatten() else {
+        let kind = match text.trim_ascii_start().first() {
+            Some(b'{') => "dict",
+            Some(b'[') => "list",
+            Some(b'"') => "str",
+            _ => "value",
+        };
+        return (kind, chars(text));
+    };
     let part = |value: &Json| match value {
         Json::String(text) => text.chars().count(),
         other => python_length(other),
     };
-    Ok(match &json {
+    match &json {
         Json::Object(fields) => ("dict", fields.values().map(part).sum()),
         Json::Array(items) => {
             // A list of messages is as long as what they say.
@@ -118,7 +125,7 @@ fn measure(context: &Context) -> Result<(&'static str, usize)> {
         Json::Number(_) => ("int", python_length(&json)),
         Json::Bool(_) => ("bool", python_length(&json)),
         Json::Null => ("NoneType", python_length(&json)),
-    })
+    }
 }
 
 /// Characters of a text, of which half a surrogate pair is one.
@@ -200,10 +207,11 @@ mod tests {
             (json(r#"{"a": "xyz", "b": [true, null]}"#), "dict", 3 + "[true, null]".len()),
             (json(r#""text""#), "str", 4),
             (json("12"), "int", 2),
+            (json(r#"["\ud800"]"#), "list", 10),
+            (json("[NaN, 1]"), "list", 8),
         ] {
-            assert_eq!(measure(&context).unwrap(), (kind, chars), "{context:?}");
+            assert_eq!(measure(&context), (kind, chars), "{context:?}");
         }
-        assert!(measure(&json("{")).unwrap_err().to_string().starts_with("context: "));
     }
 
     #[test]
@@ -211,9 +219,9 @@ mod tests {
         let context = Context::Text(b"abc".to_vec());
         let body = "Your context is a str of 3 total characters. Each sub-LLM call can handle roughly \
                     ~100k tokens at once.";
-        assert_eq!(metadata(&context, None).unwrap(), body);
+        assert_eq!(metadata(&context, None), body);
         let asked = format!("Answer the following: why?\n\n{body}");
-        assert_eq!(metadata(&context, Some("why?")).unwrap(), asked);
+        assert_eq!(metadata(&context, Some("why?")), asked);
         let first = "You have not interacted with the REPL environment or seen your prompt / context \
                      yet. Look at the context first; do not provide a final answer yet.\n\nTurn 1/30:";
         assert_eq!(turn(1, 30, 1, 0), first);

@@ -1,8 +1,9 @@
 //! What the model's response says: code to run, and answers in the text.
 
+use std::borrow::Cow;
 use std::sync::LazyLock;
 
-use regex::Regex;
+use regex::{Captures, Regex};
 
 /// RLM's fence: every block marked `repl` is run, and nothing else.
 static REPL_FENCE: LazyLock<Regex> = LazyLock::new(|| regex(r"(?s)```repl\s*\n(.*?)\n```"));
@@ -32,18 +33,24 @@ pub(super) enum Final {
     Variable(String),
 }
 
-/// The answer in a text, if it has one.
-pub(super) fn final_in(text: &str) -> Option<Final> {
-    if let Some(found) = FINAL_VAR.captures(text) {
+/// The answer in a response, if it has one; `anywhere` also within fences.
+pub(super) fn final_in(response: &str, anywhere: bool) -> Option<Final> {
+    // What is looked at is as long as the response, so that an answer may have fences in it.
+    let looked_at = if anywhere { response.into() } else { masked(response) };
+    if let Some(found) = FINAL_VAR.captures(&looked_at) {
         let name = found[1].trim().trim_matches('"').trim_matches('\'');
         return Some(Final::Variable(name.to_owned()));
     }
-    FINAL.captures(text).map(|found| Final::Text(found[1].trim().to_owned()))
+    let found = FINAL.captures(&looked_at)?.get(1)?;
+    Some(Final::Text(response[found.range()].trim().to_owned()))
 }
 
-/// A response without its fences: what is in them is code, or an example.
-pub(super) fn prose(response: &str) -> String {
-    ANY_FENCE.replace_all(response, "").into_owned()
+/// A response with blanks for its fences, line by line: what is in them is code, or an example.
+fn masked(response: &str) -> Cow<'_, str> {
+    ANY_FENCE.replace_all(response, |fence: &Captures<'_>| {
+        let blank = |byte| if byte == b'\n' { '\n' } else { ' ' };
+        fence[0].bytes().map(blank).collect::<String>()
+    })
 }
 
 #[cfg(test)]
@@ -87,13 +94,25 @@ mod tests {
             ("FINALLY(42)", None),
             ("FINAL(42", None),
         ] {
-            assert_eq!(final_in(response), answer, "{response:?}");
+            assert_eq!(final_in(response, true), answer, "{response:?}");
         }
     }
 
     #[test]
-    fn prose_is_what_is_outside_of_fences() {
-        assert_eq!(prose("a\n```repl\nFINAL(1)\n```\nb"), "a\n\nb");
-        assert_eq!(prose("a\n```\nFINAL(1)"), "a\n");
+    fn answers_in_fences_are_examples_and_fences_in_answers_are_parts_of_them() {
+        let text = |text: &str| Some(Final::Text(text.into()));
+        for (response, answer, anywhere) in [
+            ("a\n```repl\nFINAL(1)\n```\nb", None, text("1")),
+            ("a\n```\nFINAL(1)", None, text("1")),
+            ("```\nFINAL(1)\n```\nFINAL(2)", text("2"), text("1)\n```\nFINAL(2")),
+            (
+                "FINAL(The code:\n```python\nprint(\u{e9})\n```\nworks)",
+                text("The code:\n```python\nprint(\u{e9})\n```\nworks"),
+                text("The code:\n```python\nprint(\u{e9})\n```\nworks"),
+            ),
+        ] {
+            assert_eq!(final_in(response, false), answer, "{response:?}");
+            assert_eq!(final_in(response, true), anywhere, "{response:?}");
+        }
     }
 }

@@ -2,22 +2,41 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value as Json, json};
 
 use super::ending::{Ending, RlmCompletion, RlmError, RlmStop};
-use super::observation::{self, Block};
-use super::response::{Final, code_blocks, final_in, prose};
+use super::response::{Final, code_blocks, final_in};
 use super::scope::Scope;
 use super::session::{RlmSession, tools};
 use super::trajectory::{Trajectory, Turn};
-use super::{Dialect, RlmEvent, prompt};
-use crate::environment::{Context, ExecuteOptions, Execution, Variable};
-use crate::lm::{Ledger, LmKind, LmRequest, Prompt, estimated_tokens, usage_of};
+use super::{Dialect, RlmEvent, observation, prompt};
+use crate::environment::{Context, ExecuteOptions, Execution, Outcome, Output, Status, Variable};
+use crate::error::Error;
+use crate::limits::Usage;
+use crate::lm::{Ledger, LmError, LmKind, LmRequest, Prompt, estimated_tokens, usage_of};
 
 /// What RLM calls a model whose name it doesn't know.
 const UNKNOWN_MODEL: &str = "unknown";
+
+/// Blocks of one response that are run.
+const BLOCKS_MAX: usize = 64;
+/// How long an interrupt waits for its effect before it's repeated.
+const INTERRUPT_AGAIN: Duration = Duration::from_millis(20);
+
+/// What is kept of the blocks of one response.
+#[derive(Default)]
+struct Blocks {
+    /// What the model is told about each.
+    results: Vec<String>,
+    /// What the log says about each.
+    records: Vec<Json>,
+    /// What the first that failed wrote to stderr.
+    failure: Option<String>,
+    /// The first answer.
+    final_answer: Option<String>,
+}
 
 /// One run of one RLM.
 pub(super) struct Run<'a> {
@@ -67,10 +86,13 @@ impl<'a> Run<'a> {
             Ok(()) => self.take_turns().await,
             Err(stop) => Err(stop),
         };
-        let result = match result {
-            Ok(found) if kept => self.session.keep_history(&self.messages).await.map(|()| found),
-            other => other,
-        };
+        if result.is_ok()
+            && kept
+            && let Err(error) = self.session.keep_history(&self.messages).await
+        {
+            // The answer is there, and was paid for.
+            self.scope.report(RlmEvent::HistoryFailed { reason: &error.to_string() });
+        }
         let usage = self.ledger.total();
         match result {
             Ok((response, ending)) => Ok(RlmCompletion {
@@ -93,8 +115,8 @@ impl<'a> Run<'a> {
         let options = &rlm.options;
         let depth = self.session.depth;
         self.trajectory = self.trajectory_of(&context);
-        let metadata = prompt::metadata(&context, question)?;
-        self.session.prepare(context).await?;
+        let metadata = prompt::metadata(&context, question);
+        self.scope.unless_interrupted(self.session.prepare(context)).await?;
         let system = prompt::system(
             options.system_prompt.as_deref(),
             tools(options, depth),
@@ -148,7 +170,10 @@ impl<'a> Run<'a> {
                 return Err(stop);
             }
             self.compact_if_long().await?;
-            let (contexts, histories) = (self.session.contexts, self.session.histories);
+            let contexts = self.session.contexts;
+            // In compaction mode `history` is this conversation, as the system prompt says.
+            let compaction = self.session.rlm.options.compaction.is_some();
+            let histories = if compaction { 0 } else { self.session.histories };
             let text = prompt::turn(turn, max_iterations, contexts, histories);
             self.messages.push(prompt::message("user", text));
             if let Some(answer) = self.take_turn(turn).await? {
@@ -171,28 +196,25 @@ impl<'a> Run<'a> {
             self.partial_answer = Some(response.clone());
         }
         let blocks = self.run_blocks(&response).await?;
-        let answer = self.answer_of(&response, &blocks).await?;
-        record(
-            &mut self.trajectory,
-            &self.scope,
-            &Turn {
-                prompt: &self.messages,
-                response: &response,
-                blocks: &blocks,
-                final_answer: answer.as_deref(),
-                time: start.elapsed(),
-            },
-        );
-        let output = observation::message(&blocks, self.session.rlm.options.output_chars);
+        let answer = self.answer_of(&response, blocks.final_answer).await?;
+        let turn = Turn {
+            prompt: &self.messages,
+            response: &response,
+            blocks: blocks.records,
+            final_answer: answer.as_deref(),
+            time: start.elapsed(),
+        };
+        record(&mut self.trajectory, &self.scope, turn);
         let said = prompt::message("assistant", response);
         if answer.is_some() {
             self.messages.push(said);
             return Ok(answer);
         }
         let mut new = vec![said];
+        let output = observation::message(&blocks.results);
         new.extend(output.map(|output| prompt::message("user", output)));
         self.messages.extend(new.iter().cloned());
-        self.check_errors(&blocks)?;
+        self.check_errors(blocks.failure)?;
         if let Some(stop) = self.scope.stop() {
             return Err(stop);
         }
@@ -211,53 +233,120 @@ impl<'a> Run<'a> {
             model: model.cloned(),
             depth: self.session.depth.into(),
         };
+        let (scope, quota) = (&self.scope, self.scope.quota.as_ref());
+        let call = async {
+            let _permit = match quota {
+                Some(quota) => {
+                    quota.calls(1).map_err(|error| LmError::new(error.to_string()))?;
+                    Some(quota.permits(1).await)
+                }
+                None => None,
+            };
+            scope.lm.complete(&request).await
+        };
         let answer = tokio::select! {
-            answer = self.scope.lm.complete(&request) => answer,
-            () = self.scope.until_interrupted() => {
-                return Err(self.scope.stop().unwrap_or(RlmStop::Cancelled));
+            answer = call => answer,
+            () = scope.until_interrupted() => {
+                return Err(scope.stop().unwrap_or(RlmStop::Cancelled));
             }
         };
         let spent = usage_of(&answer);
         self.ledger.add(spent);
-        if let Some(tenant) = &self.session.rlm.options.environment.tenant {
-            tenant.book(spent);
+        if let Some(quota) = quota {
+            quota.book(spent);
         }
         match answer {
             Ok(completion) => Ok(completion.response),
-            Err(error) => Err(self.scope.stop().unwrap_or(RlmStop::Lm(error))),
+            Err(error) => Err(scope.stop().unwrap_or(RlmStop::Lm(error))),
         }
     }
 
     /// Runs every block; after one in which the run had to end, no more.
-    async fn run_blocks(&mut self, response: &str) -> Result<Vec<Block>, RlmStop> {
-        let mut blocks = Vec::new();
-        for code in code_blocks(response) {
+    ///
+    /// Of each only what is said about it is kept: a response may have many.
+    async fn run_blocks(&mut self, response: &str) -> Result<Blocks, RlmStop> {
+        let mut blocks = Blocks::default();
+        let (dialect, chars_max) = {
+            let options = &self.session.rlm.options;
+            (options.dialect, options.output_chars)
+        };
+        for (number, code) in code_blocks(response).into_iter().enumerate() {
+            if number >= BLOCKS_MAX {
+                blocks.results.push(format!("Not run: of a response {BLOCKS_MAX} blocks are."));
+                break;
+            }
+            if number > 0 && self.scope.stop().is_some() {
+                break;
+            }
             let execution = self.execute(code).await?;
-            let mut variables = self.session.environment.list_variables().await?;
-            if self.session.rlm.options.dialect != Dialect::Final {
+            let mut variables = self.variables().await?;
+            if dialect != Dialect::Final {
                 variables.insert(0, answer_variable());
             }
-            blocks.push(Block { code: code.to_owned(), execution, variables });
-            if self.scope.stop().is_some() {
-                break;
+            blocks.results.push(observation::result(&execution, &variables, chars_max));
+            if let Some(trajectory) = &mut self.trajectory {
+                blocks.records.push(trajectory.block(code, &execution, &variables));
+            }
+            if blocks.failure.is_none() && !execution.stderr.bytes.is_empty() {
+                let stderr = execution.stderr.text().into_owned();
+                blocks.failure = Some(observation::cut(stderr, chars_max));
+            }
+            if dialect != Dialect::Final {
+                blocks.final_answer = blocks.final_answer.take().or(execution.final_answer);
             }
         }
         Ok(blocks)
     }
 
+    /// The session's variables; none when the run has to end: they're only for the next turn.
+    async fn variables(&mut self) -> Result<Vec<Variable>, RlmStop> {
+        let listed = self.session.environment.list_variables();
+        tokio::select! {
+            biased;
+            variables = listed => match variables {
+                Ok(variables) => Ok(variables),
+                Err(error) if error.poisons() => Err(error.into()),
+                Err(_) => Ok(Vec::new()),
+            },
+            () = self.scope.until_interrupted() => Ok(Vec::new()),
+        }
+    }
+
     /// Runs a cell, and stops it when the run has to end.
     async fn execute(&mut self, code: &str) -> Result<Execution, RlmStop> {
+        if let Some(stop) = self.scope.stop() {
+            return Err(stop);
+        }
         let depth = self.session.depth;
         self.cells += 1;
         self.scope.begin_cell(depth, code);
-        let interrupt = self.session.environment.interrupt();
-        let mut cell = pin!(self.session.environment.execute_opts(code, ExecuteOptions::default()));
-        let execution = tokio::select! {
-            execution = &mut cell => execution?,
-            () = self.scope.until_interrupted() => {
-                interrupt.interrupt();
-                cell.await?
+        let result = {
+            let environment = &mut self.session.environment;
+            let interrupt = environment.interrupt();
+            let mut cell = pin!(environment.execute_opts(code, ExecuteOptions::default()));
+            tokio::select! {
+                biased;
+                result = &mut cell => result,
+                () = self.scope.until_interrupted() => loop {
+                    // It may not have begun yet.
+                    interrupt.interrupt();
+                    tokio::select! {
+                        biased;
+                        result = &mut cell => break result,
+                        () = tokio::time::sleep(INTERRUPT_AGAIN) => {}
+                    }
+                },
             }
+        };
+        let execution = match result {
+            Ok(execution) => execution,
+            // The session is as it was before the cell; the model may do it another way.
+            Err(error @ (Error::Invalid { .. } | Error::Protocol { .. }))
+                if self.session.environment.status() == Status::Ready =>
+            {
+                failed_execution(&error)
+            }
+            Err(error) => return Err(error.into()),
         };
         self.scope.report(RlmEvent::CellEnded { depth, execution: &execution });
         Ok(execution)
@@ -267,17 +356,15 @@ impl<'a> Run<'a> {
     async fn answer_of(
         &mut self,
         response: &str,
-        blocks: &[Block],
+        in_block: Option<String>,
     ) -> Result<Option<String>, RlmStop> {
-        let dialect = self.session.rlm.options.dialect;
-        let in_block = blocks.iter().find_map(|block| block.execution.final_answer.clone());
-        if in_block.is_some() && dialect != Dialect::Final {
+        if in_block.is_some() {
             return Ok(in_block);
         }
-        let found = match dialect {
+        let found = match self.session.rlm.options.dialect {
             Dialect::Answer => None,
-            Dialect::Both => final_in(&prose(response)),
-            Dialect::Final => final_in(response),
+            Dialect::Both => final_in(response, false),
+            Dialect::Final => final_in(response, true),
         };
         match found {
             None => Ok(None),
@@ -289,20 +376,20 @@ impl<'a> Run<'a> {
     /// The value of a variable, as `FINAL_VAR` shows it; none when there is no such variable.
     async fn variable_answer(&mut self, name: &str) -> Result<Option<String>, RlmStop> {
         // A JSON string is a literal of Python, too.
-        let code = format!("print(FINAL_VAR({}))", Json::from(name));
-        let execution = self.execute(&code).await?;
-        let text = execution.stdout.text().trim().to_owned();
+        let name = Json::from(name);
+        let code = format!("answer = {{'content': FINAL_VAR({name}), 'ready': True}}");
+        let answer = self.execute(&code).await?.final_answer.unwrap_or_default();
+        let text = answer.trim();
         let missing = text.contains("Variable '")
             && text.contains("' not found")
             && text.contains("FINAL_VAR");
-        Ok((!text.is_empty() && !missing).then_some(text))
+        Ok((!text.is_empty() && !missing).then(|| text.to_owned()))
     }
 
     /// Ends a run whose code fails turn after turn.
-    fn check_errors(&mut self, blocks: &[Block]) -> Result<(), RlmStop> {
+    fn check_errors(&mut self, failure: Option<String>) -> Result<(), RlmStop> {
         let limit = self.session.rlm.options.max_errors;
-        let failed = blocks.iter().find(|block| !block.execution.stderr.bytes.is_empty());
-        let Some(block) = failed else {
+        let Some(last) = failure else {
             self.errors = 0;
             return Ok(());
         };
@@ -310,7 +397,6 @@ impl<'a> Run<'a> {
         if self.errors < limit {
             return Ok(());
         }
-        let last = block.execution.stderr.text().into_owned();
         Err(RlmStop::Errors { count: self.errors, limit, last })
     }
 
@@ -319,17 +405,15 @@ impl<'a> Run<'a> {
         let start = Instant::now();
         self.messages.push(prompt::message("user", prompt::LAST_CHANCE));
         let response = self.ask(self.messages.clone()).await?;
-        record(
-            &mut self.trajectory,
-            &self.scope,
-            &Turn {
-                prompt: &self.messages,
-                response: &response,
-                blocks: &[],
-                final_answer: Some(&response),
-                time: start.elapsed(),
-            },
-        );
+        let turn = Turn {
+            prompt: &self.messages,
+            response: &response,
+            blocks: Vec::new(),
+            final_answer: Some(&response),
+            time: start.elapsed(),
+        };
+        record(&mut self.trajectory, &self.scope, turn);
+        self.messages.push(prompt::message("assistant", response.as_str()));
         Ok(response)
     }
 
@@ -358,7 +442,7 @@ impl<'a> Run<'a> {
 }
 
 /// Adds a turn to the record, if there is one.
-fn record(trajectory: &mut Option<Trajectory>, scope: &Scope, turn: &Turn<'_>) {
+fn record(trajectory: &mut Option<Trajectory>, scope: &Scope, turn: Turn<'_>) {
     let Some(trajectory) = trajectory else { return };
     if let Err(error) = trajectory.add(turn) {
         scope.report(RlmEvent::LogFailed { reason: &error.to_string() });
@@ -368,4 +452,23 @@ fn record(trajectory: &mut Option<Trajectory>, scope: &Scope, turn: &Turn<'_>) {
 /// `answer` is no variable of the user's, but RLM lists it with them.
 fn answer_variable() -> Variable {
     Variable { name: "answer".into(), type_name: "dict".into(), repr: String::new(), new: false }
+}
+
+/// A cell that the session could not run to its end, and that left nothing behind.
+fn failed_execution(error: &Error) -> Execution {
+    let bytes = format!("{error}\n").into_bytes();
+    let stderr = Output { total_bytes: bytes.len() as u64, bytes, truncated: false };
+    Execution {
+        outcome: Outcome::Raised,
+        limit: None,
+        rolled_back: true,
+        stdout: Output::default(),
+        stderr,
+        value: None,
+        exception: None,
+        variables: Vec::new(),
+        final_answer: None,
+        lm_calls: Vec::new(),
+        usage: Usage::default(),
+    }
 }

@@ -9,6 +9,7 @@ use super::{Inner, RlmEvent, RlmProgress, RlmStop};
 use crate::environment::{Backend, Context};
 use crate::error::Result;
 use crate::lm::{Budget, BudgetPart, LmHandler};
+use crate::tenant::LmQuota;
 
 /// One run from the root down.
 pub(super) struct Scope {
@@ -16,6 +17,8 @@ pub(super) struct Scope {
     pub(super) budget: Budget,
     /// The model, paid from the budget.
     pub(super) lm: Arc<dyn LmHandler>,
+    /// What the tenant may ask of it: calls of loops are made outside of any session.
+    pub(super) quota: Option<LmQuota>,
     /// Counts calls of `Rlm::cancel`; this run began at `cancels_before`.
     cancels: watch::Receiver<u64>,
     cancels_before: u64,
@@ -34,12 +37,15 @@ impl Scope {
     pub(super) fn new(rlm: &Arc<Inner>, context: Option<Context>) -> Result<Self> {
         let budget = Budget::new(rlm.options.budget.clone())?;
         let lm = budget.handler(Arc::clone(&rlm.lm));
+        let tenant =
+            rlm.options.environment.tenant.clone().or_else(|| rlm.backend.default_tenant());
         let mut cancels = rlm.cancels.subscribe();
         let cancels_before = *cancels.borrow_and_update();
         Ok(Self {
             rlm: Arc::clone(rlm),
             budget,
             lm,
+            quota: tenant.map(|tenant| tenant.lm()),
             cancels,
             cancels_before,
             turn: AtomicU32::new(0),
@@ -86,6 +92,18 @@ impl Scope {
         }
     }
 
+    /// Does something that isn't worth more than the run: it's dropped when the run has to end.
+    pub(super) async fn unless_interrupted<T>(
+        &self,
+        step: impl Future<Output = Result<T, RlmStop>>,
+    ) -> Result<T, RlmStop> {
+        tokio::select! {
+            biased;
+            result = step => result,
+            () = self.until_interrupted() => Err(self.stop().unwrap_or(RlmStop::Cancelled)),
+        }
+    }
+
     pub(super) fn begin_turn(&self, depth: u16, turn: u32) {
         if depth == 0 {
             self.turn.store(turn, Ordering::Relaxed);
@@ -116,8 +134,8 @@ impl Scope {
         let own = Arc::clone(&self.rlm.backend);
         let Some(context) = &self.context else { return Ok((own, Vec::new())) };
         let contexts = vec![(SHARED_INDEX, context.clone())];
-        let limits = &self.rlm.options.environment.limits;
-        let shared = self.shared.get_or_try_init(|| own.with_contexts(&contexts, limits)).await?;
+        let options = &self.rlm.options.environment;
+        let shared = self.shared.get_or_try_init(|| own.with_contexts(&contexts, options)).await?;
         Ok(match shared {
             Some(template) => (Arc::clone(template), Vec::new()),
             None => (own, contexts),

@@ -3,7 +3,7 @@
 //! The format is that of `rlm.logger.RLMLogger` 0.1.3, which its visualizer reads. It differs in size:
 //! RLM writes all variables, the whole context twice among them, with every block. Here variables are
 //! their short `repr`, the context is in the first block only, and that with its first characters;
-//! long texts of sub-calls are cut.
+//! long texts are cut.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -15,18 +15,26 @@ use jiff::tz::TimeZone;
 use rand::RngExt;
 use serde_json::{Map, Value as Json, json};
 
-use super::observation::{Block, cut};
-use crate::environment::{Context, LmCall, Variable};
-use crate::lm::UsageSummary;
+use super::observation::cut;
+use crate::environment::{Context, Execution, LmCall, Output, Variable};
+use crate::lm::{UsageSummary, json_bytes};
 
 /// Characters kept of the context, and of each prompt and response of a sub-call.
 const TEXT_CHARS_MAX: usize = 10_000;
+/// Characters kept of each of a block's streams: what a model sees of them by default.
+const STREAM_CHARS_MAX: usize = 20_000;
+/// Characters kept of all the sub-calls of a block together, as far as each keeps a few.
+const CALLS_CHARS_MAX: usize = 1_000_000;
+const CALL_CHARS_MIN: usize = 200;
+/// Bytes of a trajectory that is kept in memory; the turns after them are not in it.
+const KEPT_BYTES_MAX: usize = 16 << 20;
 
 /// One turn, when it's over.
 pub(super) struct Turn<'a> {
     pub(super) prompt: &'a [Json],
     pub(super) response: &'a str,
-    pub(super) blocks: &'a [Block],
+    /// As [`Trajectory::block`] made them.
+    pub(super) blocks: Vec<Json>,
     pub(super) final_answer: Option<&'a str>,
     pub(super) time: Duration,
 }
@@ -36,6 +44,7 @@ pub(super) struct Trajectory {
     metadata: Json,
     /// Kept only for whoever asked for it.
     iterations: Option<Vec<Json>>,
+    kept_bytes: usize,
     count: u32,
     file: Option<(PathBuf, File)>,
     context: Option<String>,
@@ -44,7 +53,7 @@ pub(super) struct Trajectory {
 impl Trajectory {
     pub(super) fn new(metadata: Json, kept: bool) -> Self {
         let iterations = kept.then(Vec::new);
-        Self { metadata, iterations, count: 0, file: None, context: None }
+        Self { metadata, iterations, kept_bytes: 0, count: 0, file: None, context: None }
     }
 
     /// Writes it to a new file in this directory as well, which is made when it isn't there.
@@ -74,31 +83,54 @@ impl Trajectory {
         });
     }
 
-    /// Adds a turn.
-    pub(super) fn add(&mut self, turn: &Turn<'_>) -> io::Result<()> {
-        self.count += 1;
-        let mut context = self.context.take();
-        let blocks: Vec<Json> =
-            turn.blocks.iter().map(|block| code_block(block, context.take())).collect();
-        if context.is_some() {
-            self.context = context;
+    /// The record of a block that was run.
+    pub(super) fn block(&mut self, code: &str, run: &Execution, variables: &[Variable]) -> Json {
+        let mut locals: Map<String, Json> = variables
+            .iter()
+            .filter(|variable| !is_context(&variable.name))
+            .map(|variable| (variable.name.clone(), shown(variable)))
+            .collect();
+        if let Some(context) = self.context.take() {
+            locals.insert("context".into(), context.into());
         }
+        let chars =
+            (CALLS_CHARS_MAX / run.lm_calls.len().max(1) / 2).clamp(CALL_CHARS_MIN, TEXT_CHARS_MAX);
+        let stream = |output: &Output| cut(output.text().into_owned(), STREAM_CHARS_MAX);
+        json!({
+            "code": code,
+            "result": {
+                "stdout": stream(&run.stdout),
+                "stderr": stream(&run.stderr),
+                "locals": locals,
+                "execution_time": run.usage.wall.as_secs_f64(),
+                "rlm_calls": run.lm_calls.iter().map(|one| call(one, chars)).collect::<Vec<_>>(),
+                "final_answer": run.final_answer,
+            },
+        })
+    }
+
+    /// Adds a turn.
+    pub(super) fn add(&mut self, turn: Turn<'_>) -> io::Result<()> {
+        self.count += 1;
         let entry = json!({
             "iteration": self.count,
             "prompt": turn.prompt,
             "response": turn.response,
-            "code_blocks": blocks,
+            "code_blocks": turn.blocks,
             "final_answer": turn.final_answer,
             "iteration_time": turn.time.as_secs_f64(),
         });
-        let written = match self.file {
-            Some(_) => self.write("iteration", entry.clone()),
-            None => Ok(()),
-        };
         if let Some(iterations) = &mut self.iterations {
-            iterations.push(stamped("iteration", entry));
+            self.kept_bytes = self.kept_bytes.saturating_add(json_bytes(&entry));
+            match self.kept_bytes <= KEPT_BYTES_MAX {
+                true => iterations.push(stamped("iteration", entry.clone())),
+                false => self.metadata["truncated"] = true.into(),
+            }
         }
-        written
+        match self.file {
+            Some(_) => self.write("iteration", entry),
+            None => Ok(()),
+        }
     }
 
     /// The whole trajectory, in the form of `RLMLogger.get_trajectory`.
@@ -130,30 +162,6 @@ fn stamped(kind: &str, mut entry: Json) -> Json {
     entry
 }
 
-fn code_block(block: &Block, context: Option<String>) -> Json {
-    let execution = &block.execution;
-    let mut locals: Map<String, Json> = block
-        .variables
-        .iter()
-        .filter(|variable| !is_context(&variable.name))
-        .map(|variable| (variable.name.clone(), shown(variable)))
-        .collect();
-    if let Some(context) = context {
-        locals.insert("context".into(), context.into());
-    }
-    json!({
-        "code": block.code,
-        "result": {
-            "stdout": execution.stdout.text(),
-            "stderr": execution.stderr.text(),
-            "locals": locals,
-            "execution_time": execution.usage.wall.as_secs_f64(),
-            "rlm_calls": execution.lm_calls.iter().map(call).collect::<Vec<_>>(),
-            "final_answer": execution.final_answer,
-        },
-    })
-}
-
 fn is_context(name: &str) -> bool {
     let number = name.strip_prefix("context_");
     name == "context" || number.is_some_and(|number| number.bytes().all(|b| b.is_ascii_digit()))
@@ -171,14 +179,14 @@ fn shown(variable: &Variable) -> Json {
 }
 
 /// `RLMChatCompletion`, with the numbers of tokens that the visualizer looks for.
-fn call(call: &LmCall) -> Json {
+fn call(call: &LmCall, chars: usize) -> Json {
     let completion = &call.completion;
     let mut usage = UsageSummary::default();
     usage.add(&completion.usage);
     let mut entry = json!({
         "root_model": completion.model,
-        "prompt": cut(call.prompt.to_text().into_owned(), TEXT_CHARS_MAX),
-        "response": cut(completion.response.clone(), TEXT_CHARS_MAX),
+        "prompt": cut(call.prompt.to_text().into_owned(), chars),
+        "response": cut(completion.response.clone(), chars),
         "usage_summary": usage.to_json(),
         "execution_time": completion.execution_time.as_secs_f64(),
         "prompt_tokens": usage.input_tokens(),

@@ -217,6 +217,10 @@ pub(crate) struct LmQuota {
 }
 
 impl LmQuota {
+    pub(super) fn of(account: &Arc<Account>) -> Self {
+        Self { account: Arc::clone(account) }
+    }
+
     /// Counts prompts that are going to be sent, all or none.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use super::{Image, Runtime, WasmEnvironment};
 use crate::environment::{Backend, Capabilities, Context, Environment, EnvironmentOptions};
 use crate::error::Result;
-use crate::limits::Limits;
+use crate::tenant::Tenant;
 
 /// Sessions of one image of a runtime.
 ///
@@ -53,6 +53,10 @@ impl Backend for WasmBackend {
         WasmEnvironment::CAPABILITIES
     }
 
+    fn default_tenant(&self) -> Option<Tenant> {
+        Some(self.runtime.default_tenant())
+    }
+
     async fn open(&self, options: EnvironmentOptions) -> Result<Box<dyn Environment>> {
         Ok(Box::new(self.runtime.environment(&self.image, options)?))
     }
@@ -61,9 +65,15 @@ impl Backend for WasmBackend {
     async fn with_contexts(
         &self,
         contexts: &[(u32, Context)],
-        limits: &Limits,
+        options: &EnvironmentOptions,
     ) -> Result<Option<Arc<dyn Backend>>> {
-        let options = EnvironmentOptions { limits: limits.clone(), ..Default::default() };
+        // Policy, tools and models are given to each session anew.
+        let options = EnvironmentOptions {
+            limits: options.limits.clone(),
+            tenant: options.tenant.clone(),
+            profile: options.profile,
+            ..EnvironmentOptions::default()
+        };
         let mut session = self.runtime.environment(&self.image, options)?;
         for (index, context) in contexts {
             session.add_context(context.clone(), Some(*index)).await?;
