@@ -48,6 +48,11 @@ A cell may exit with these numbers too; `kaa run --json` tells them apart.
 Environment:
   KAA_CACHE  directory of images and compiled code (default: `kaa` in the user's cache directory,
              such as ~/.cache/kaa). Only you may have access to it.
+  OPENAI_API_KEY, ANTHROPIC_API_KEY
+             keys for --model openai:NAME and anthropic:NAME, sent to these providers only; others
+             are named with --key-env.
+  http_proxy, https_proxy (also in capitals), no_proxy
+             the way to models; never for this machine itself.
 
 The first use on a machine downloads and compiles CPython, which takes some minutes and about
 600 MB.";
