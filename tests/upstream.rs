@@ -147,7 +147,13 @@ async fn chats_take_the_form_of_their_provider() {
         json!({"role": role, "content": parts.collect::<Json>()})
     };
     let system = json!({"role": "system", "content": "be brief"});
-    let image = json!({"role": "user", "content": [{"type": "image", "source": {}}]});
+    let source = json!({"type": "base64", "media_type": "image/png", "data": "AAAA"});
+    let image = json!({"role": "user", "content": [{"type": "image", "source": source}]});
+    let far = json!({"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "https://a.example/?secret"}}
+    ]});
+    let not_far = "m: message 1 of the prompt: its part 1 (type \"image_url\") may make the server \
+                   fetch something; give texts as";
     let no_chat = |item: u32| {
         format!("m: the prompt is neither a text nor a chat: item {item} must be an object such as")
     };
@@ -170,6 +176,7 @@ async fn chats_take_the_form_of_their_provider() {
             Ok(json!({"system": "be brief\n\nand kind", "messages": [said("user", &["a"])]})),
         ),
         (json!([image]), messages(json!([image])), messages(json!([image]))),
+        (json!([far]), Err(not_far.into()), Err(not_far.into())),
         (
             json!([system]),
             messages(json!([system])),
@@ -182,7 +189,7 @@ async fn chats_take_the_form_of_their_provider() {
         ),
         (
             json!([user("a"), {"role": "user", "content": 5}]),
-            messages(json!([user("a"), {"role": "user", "content": 5}])),
+            Err("m: message 2 of the prompt: its content is neither a text nor a list".into()),
             Err("m: message 2 of the prompt: its content is neither a text nor a list".into()),
         ),
         (json!(["a"]), Err(no_chat(1)), Err(no_chat(1))),
@@ -216,6 +223,22 @@ async fn chats_take_the_form_of_their_provider() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn what_a_server_fetches_is_sent_where_that_is_allowed() {
+    let server = recording();
+    let image = json!({"type": "image_url", "image_url": {"url": "https://a.example/"}});
+    let message = json!({"role": "user", "content": [image], "audio": {"id": "1"}});
+    let allowed = |base_url| UpstreamOptions { remote_parts: true, ..options(base_url) };
+    let handlers: [&dyn LmHandler; 2] =
+        [&openai(allowed(server.openai_url())), &anthropic(allowed(server.anthropic_url()))];
+    for handler in handlers {
+        handler.complete(&request(Prompt::Messages(message.clone()))).await.unwrap();
+    }
+    let sent: Vec<_> =
+        server.requests().into_iter().map(|asked| asked.body["messages"].clone()).collect();
+    assert_eq!(sent, [json!([message]), json!([{"role": "user", "content": [image]}])]);
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ use crate::error::{Error, Result};
 /// retries = 4
 /// concurrency = 256          # calls at once
 /// max_answer_bytes = 16777216
+/// remote_parts = false       # true: cells may name images by URL, which the server then fetches
 /// parameters = { temperature = 0.2 }
 ///
 /// [models.local]
@@ -363,6 +364,7 @@ mod tests {
             retries = 0
             concurrency = 9
             max_answer_bytes = 1000
+            remote_parts = true
             [models.big.parameters]
             temperature = 0.2
             [models.claude]
@@ -391,7 +393,7 @@ mod tests {
         assert_eq!(options.timeout, Duration::from_millis(500));
         assert_eq!(options.connect_timeout, Duration::from_secs(2));
         assert_eq!((options.retries.max, options.concurrency), (0, 9));
-        assert_eq!(options.answer_bytes_max, 1000);
+        assert_eq!((options.answer_bytes_max, options.remote_parts), (1000, true));
         assert_eq!(options.parameters["temperature"], 0.2);
         let ModelConfig::Anthropic(claude) = &config.models["claude"] else { panic!() };
         let standard = UpstreamOptions::default();

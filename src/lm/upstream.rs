@@ -1,9 +1,10 @@
 //! Models behind an HTTP interface: what OpenAI's and Anthropic's have in common.
 //!
-//! `transport` is one try over HTTP, `retry` says when there is another, `openai` and `anthropic` are
-//! the two formats.
+//! `chat` says what of a guest's prompt is sent, `transport` is one try over HTTP, `retry` says when
+//! there is another, `openai` and `anthropic` are the two formats.
 
 mod anthropic;
+mod chat;
 mod openai;
 mod options;
 mod reply;
@@ -214,28 +215,6 @@ fn is_failure(bytes: &[u8]) -> bool {
     let json: Option<Json> =
         (bytes.len() <= FAILURE_BYTES_MAX).then(|| serde_json::from_slice(bytes).ok()).flatten();
     json.is_some_and(|json| json.get("error").is_some_and(|error| !error.is_null()))
-}
-
-/// The messages of a chat: an object or a list of them, each with a role.
-fn messages(chat: &Json) -> Result<&[Json], String> {
-    let list = match chat {
-        Json::Array(list) => list.as_slice(),
-        one => std::slice::from_ref(one),
-    };
-    if list.is_empty() {
-        return Err("the prompt is an empty list; it must have at least one message".into());
-    }
-    for (i, message) in list.iter().enumerate() {
-        let role = message.get("role").and_then(Json::as_str);
-        if role.is_none() || message.get("content").is_none() {
-            return Err(format!(
-                "the prompt is neither a text nor a chat: item {} must be an object such as \
-                 {{\"role\": \"user\", \"content\": \"…\"}}",
-                i + 1
-            ));
-        }
-    }
-    Ok(list)
 }
 
 /// The message that a plain text is.

@@ -74,6 +74,8 @@ struct HttpToml {
     concurrency: Option<usize>,
     max_answer_bytes: Option<usize>,
     #[serde(default)]
+    remote_parts: bool,
+    #[serde(default)]
     parameters: Map<String, Json>,
 }
 
@@ -137,6 +139,7 @@ impl HttpToml {
             retries,
             price,
             output_tokens_max: self.max_output_tokens,
+            remote_parts: self.remote_parts,
             parameters: self.parameters,
             ..standard
         };

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
+use super::chat::{messages, of_message, quoted};
 use super::reply::{Count, Text};
-use super::{Answer, Upstream, UpstreamOptions, messages};
+use super::{Answer, Upstream, UpstreamOptions};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -73,11 +74,11 @@ impl AnthropicHandler {
     }
 
     fn body(&self, prompt: &Prompt) -> Result<Vec<u8>, String> {
+        let options = &self.upstream.options;
         let chat = match prompt {
             Prompt::Text(text) => ChatJson::of_text(text),
-            Prompt::Messages(chat) => ChatJson::of_messages(messages(chat)?)?,
+            Prompt::Messages(chat) => ChatJson::of_messages(messages(chat, options.remote_parts)?)?,
         };
-        let options = &self.upstream.options;
         let mut more = Map::new();
         let most = options.output_tokens_max.unwrap_or(OUTPUT_TOKENS_MAX);
         more.insert("max_tokens".into(), most.into());
@@ -142,9 +143,8 @@ impl<'a> ChatJson<'a> {
     fn of_messages(list: &'a [Json]) -> Result<Self, String> {
         let mut chat = Self { system: String::new(), messages: Vec::new() };
         for (i, message) in list.iter().enumerate() {
-            let parts = parts(&message["content"]).ok_or_else(|| {
-                format!("message {} of the prompt: its content is neither a text nor a list", i + 1)
-            })?;
+            let parts = parts(&message["content"])
+                .ok_or_else(|| of_message(i, "its content is neither a text nor a list"))?;
             match message["role"].as_str().unwrap_or_default() {
                 "system" | "developer" => chat.add_system(&parts, i)?,
                 role @ ("user" | "assistant") => match chat.messages.last_mut() {
@@ -152,12 +152,10 @@ impl<'a> ChatJson<'a> {
                     _ => chat.messages.push(MessageJson { role, content: parts }),
                 },
                 role => {
-                    return Err(format!(
-                        "message {} of the prompt: role {} is not known here; use system, user or \
-                         assistant",
-                        i + 1,
-                        json!(role)
-                    ));
+                    let role = quoted(role);
+                    let reason =
+                        format!("role {role} is not known here; use system, user or assistant");
+                    return Err(of_message(i, &reason));
                 }
             }
         }
@@ -173,9 +171,7 @@ impl<'a> ChatJson<'a> {
                 PartJson::Text { text, .. } => Some(*text),
                 PartJson::Other(json) => json["text"].as_str(),
             };
-            let text = text.ok_or_else(|| {
-                format!("message {} of the prompt: a system message can have only text", i + 1)
-            })?;
+            let text = text.ok_or_else(|| of_message(i, "a system message can have only text"))?;
             if !self.system.is_empty() {
                 self.system.push_str("\n\n");
             }

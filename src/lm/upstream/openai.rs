@@ -4,8 +4,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
+use super::chat::messages;
 use super::reply::{Count, First, Text};
-use super::{Answer, Upstream, UpstreamOptions, UserText, messages};
+use super::{Answer, Upstream, UpstreamOptions, UserText};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -14,7 +15,8 @@ const BASE_URL: &str = "https://api.openai.com/v1";
 /// Answers by a model behind OpenAI's chat completions, which most servers of models speak: it posts to
 /// `{base_url}/chat/completions`.
 ///
-/// A text is sent as one message of a user; a chat as it is. What is asked is always the model that the
+/// A text is sent as one message of a user; a chat as it is, if all in it is a text or an image given
+/// inline (see [`UpstreamOptions::remote_parts`]). What is asked is always the model that the
 /// handler was made for; a name that the guest gives is only repeated in the
 /// [completion](LmCompletion::model) (to choose by name there is [`ModelRouter`](crate::lm::ModelRouter)).
 /// Usage is booked under the handler's name for the model: the server's count of tokens, or where it
@@ -83,11 +85,11 @@ impl OpenAiHandler {
     }
 
     fn body(&self, prompt: &Prompt) -> Result<Vec<u8>, String> {
+        let options = &self.upstream.options;
         let messages = match prompt {
             Prompt::Text(text) => MessagesJson::Text([UserText::new(text)]),
-            Prompt::Messages(chat) => MessagesJson::Chat(messages(chat)?),
+            Prompt::Messages(chat) => MessagesJson::Chat(messages(chat, options.remote_parts)?),
         };
-        let options = &self.upstream.options;
         let mut more = Map::new();
         if let Some(most) = options.output_tokens_max {
             more.insert(self.limit_name.into(), most.into());

@@ -136,6 +136,7 @@ pub struct HttpProxy {
 /// | `retries` | [`Retries::default`] |
 /// | `price` | unknown: no cost is booked, unless the server names one |
 /// | `output_tokens_max` | the server's; 8192 for Anthropic, which has none |
+/// | `remote_parts` | false: a chat can have only texts and images given inline |
 /// | `parameters`, `headers`, `proxy` | none |
 ///
 /// ```
@@ -175,6 +176,14 @@ pub struct UpstreamOptions {
     pub price: Option<Price>,
     /// Tokens of an answer: `max_completion_tokens` for OpenAI itself, `max_tokens` for all others.
     pub output_tokens_max: Option<u32>,
+    /// Whether a chat may have parts that the server fetches or looks up, such as an image by its URL.
+    ///
+    /// A guest builds its chats: with this it can send what it knows to any address, as a part of a
+    /// URL, and reach addresses of the network that a server of one's own runs in. So a chat can
+    /// otherwise only have texts and images given inline (`image_url` with a `data:` URL, Anthropic's
+    /// `image` in base64), and of a message's other keys `name`, `tool_calls`, `tool_call_id` and
+    /// `refusal`; all else is an error of the call. With this, all parts and keys are passed on.
+    pub remote_parts: bool,
     /// What else is said in each request, such as `temperature`.
     pub parameters: Map<String, Json>,
     /// More headers of each request; their values may be secrets.
@@ -196,6 +205,7 @@ impl Default for UpstreamOptions {
             retries: Retries::default(),
             price: None,
             output_tokens_max: None,
+            remote_parts: false,
             parameters: Map::new(),
             headers: Vec::new(),
             proxy: None,
