@@ -367,6 +367,20 @@ async fn usage_is_the_servers_or_estimated() {
         (true, json!({"prompt_tokens": 1e300}), u64::MAX, 2, None),
         (false, anthropic_usage, 111, 8, None),
         (false, json!({"cache_read_input_tokens": 100}), 3, 2, None),
+        // What isn't a number is none.
+        (
+            true,
+            json!({"prompt_tokens": "7", "completion_tokens": 8, "cost": {"a": [1]}}),
+            3,
+            8,
+            None,
+        ),
+        (true, json!({"prompt_tokens": [7], "completion_tokens": true, "cost": "1"}), 3, 2, None),
+        (true, json!("much"), 3, 2, None),
+        (true, json!([7, 8, 0.25]), 3, 2, None),
+        (true, json!(7), 3, 2, None),
+        (false, json!({"input_tokens": 1, "cache_read_input_tokens": {}}), 1, 2, None),
+        (false, json!(false), 3, 2, None),
     ] {
         let server = always(Reply::Raw(200, Vec::new(), answer(usage.clone())));
         let completion = match is_openai {
@@ -376,6 +390,47 @@ async fn usage_is_the_servers_or_estimated() {
         let found = &completion.unwrap().usage[0];
         assert_eq!((found.input_tokens, found.output_tokens), (input, output), "{usage}");
         assert_eq!(found.cost, cost, "{usage}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_text_is_paid_for() {
+    let choice = |message: Json, usage: Json| json!({"choices": [{"message": message, "finish_reason": "length"}], "usage": usage});
+    let usage = json!({"prompt_tokens": 7, "completion_tokens": 8});
+    let failure = |usage: Json| json!({"error": {"message": "no"}, "usage": usage});
+    let refusal = |usage: Json| json!({"content": [], "stop_reason": "refusal", "usage": usage});
+    // Whether it's OpenAI's, the body, and the tokens that are booked. The prompt has 9 characters.
+    for (is_openai, body, tokens) in [
+        (true, choice(json!({"content": null}), usage.clone()), Some((7, 8))),
+        (true, choice(json!({"refusal": "no"}), usage.clone()), Some((7, 8))),
+        (true, choice(json!({"content": null}), json!(null)), Some((3, 0))),
+        (true, json!({"choices": [], "usage": usage}), Some((7, 8))),
+        (true, failure(usage), Some((7, 8))),
+        (true, failure(json!(null)), None),
+        (true, json!("no"), None),
+        (false, refusal(json!({"input_tokens": 5, "output_tokens": 6})), Some((5, 6))),
+        (false, refusal(json!(null)), Some((3, 0))),
+    ] {
+        let server = always(Reply::Raw(200, Vec::new(), body.to_string()));
+        let price = Some(Price { input: 1e6, output: 1e6 });
+        let request = request(Prompt::Text("nine char".into()));
+        let result = match is_openai {
+            true => {
+                let options = UpstreamOptions { price, ..options(server.openai_url()) };
+                openai(options).complete(&request).await
+            }
+            false => {
+                let options = UpstreamOptions { price, ..options(server.anthropic_url()) };
+                anthropic(options).complete(&request).await
+            }
+        };
+        let found = result.unwrap_err().usage;
+        let found: Vec<_> = found
+            .iter()
+            .map(|usage| (usage.input_tokens, usage.output_tokens, usage.cost.unwrap()))
+            .collect();
+        let expected = tokens.map(|(input, output)| (input, output, (input + output) as f64));
+        assert_eq!(found, Vec::from_iter(expected), "{body}");
     }
 }
 
@@ -434,6 +489,44 @@ async fn a_call_that_fails_is_tried_again() {
         let handler = openai(options(server.openai_url()));
         assert_eq!(say(&handler, "x").await.as_deref(), Ok("there"), "{name}");
         assert_eq!(server.counts().requests, 4, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_try_that_hangs_is_given_up_for_another() {
+    for hanging in [Reply::Hang, Reply::HangingBody(200, Vec::new())] {
+        let server =
+            ChatServer::start(ChatOptions::default(), move |request| match request.number {
+                0 => hanging.clone(),
+                _ => Reply::Text("there".into()),
+            });
+        let try_timeout = Duration::from_millis(500);
+        let handler = openai(UpstreamOptions { try_timeout, ..options(server.openai_url()) });
+        assert_eq!(say(&handler, "x").await.as_deref(), Ok("there"));
+        assert_eq!(server.counts().requests, 2);
+    }
+    let server = always(Reply::Hang);
+    let mut options = options(server.openai_url());
+    options.try_timeout = Duration::from_millis(50);
+    options.retries.max = 2;
+    let error = say(&openai(options), "x").await.unwrap_err();
+    assert_eq!(error, "m: no answer within 50ms (after 3 tries)");
+    assert_eq!(server.counts().requests, 3);
+}
+
+#[tokio::test]
+async fn an_error_whose_body_hangs_keeps_its_status() {
+    let told = vec![("retry-after", "61".to_owned())];
+    let server = always(Reply::HangingBody(429, told));
+    let standard = options(server.openai_url());
+    let short = UpstreamOptions { try_timeout: Duration::from_millis(500), ..standard.clone() };
+    for options in [short, standard] {
+        let start = Instant::now();
+        let error = say(&openai(options), "x").await.unwrap_err();
+        let expected = "m: rate limited: HTTP 429 (the server asks to wait for 61s; at most 60s";
+        assert!(error.starts_with(expected), "{error}");
+        // Long before the call's own limit of a minute.
+        assert!(start.elapsed() < Duration::from_secs(30));
     }
 }
 
@@ -727,6 +820,7 @@ fn options_that_cannot_be_used_are_refused() {
         (|o| o.key = Some(Secret::new("a\nb")), "header authorization: the key or value has"),
         (|o| o.headers = vec![("a b".into(), Secret::new(""))], "headers: \"a b\" can't be"),
         (|o| o.timeout = Duration::ZERO, "timeout: it must be more than 0"),
+        (|o| o.try_timeout = Duration::ZERO, "try_timeout: it must be more than 0"),
         (|o| o.timeout = Duration::MAX, "timeout: it must be at most 24 hours"),
         (|o| o.connect_timeout = Duration::ZERO, "connect_timeout: it must be more than 0"),
         (|o| o.concurrency = 0, "concurrency: it must be between 1 and 65536"),

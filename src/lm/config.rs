@@ -32,6 +32,7 @@ use crate::error::{Error, Result};
 /// output_price = 5.0
 /// max_output_tokens = 8192
 /// timeout_s = 300            # of a call, with all tries
+/// try_timeout_s = 120        # of one of them
 /// connect_timeout_s = 10
 /// retries = 4
 /// concurrency = 256          # calls at once
@@ -360,6 +361,7 @@ mod tests {
             output_price = 10
             max_output_tokens = 100
             timeout_s = 0.5
+            try_timeout_s = 0.25
             connect_timeout_s = 2
             retries = 0
             concurrency = 9
@@ -391,6 +393,7 @@ mod tests {
         assert_eq!(options.price, Some(Price { input: 1.25, output: 10.0 }));
         assert_eq!(options.output_tokens_max, Some(100));
         assert_eq!(options.timeout, Duration::from_millis(500));
+        assert_eq!(options.try_timeout, Duration::from_millis(250));
         assert_eq!(options.connect_timeout, Duration::from_secs(2));
         assert_eq!((options.retries.max, options.concurrency), (0, 9));
         assert_eq!((options.answer_bytes_max, options.remote_parts), (1000, true));
@@ -449,6 +452,7 @@ mod tests {
             (model("timeout_s = -1"), "models.a.timeout_s: it must be a number of seconds"),
             (model("timeout_s = nan"), "models.a.timeout_s: it must be a number of seconds"),
             (model("timeout_s = 0"), "models.a.timeout_s: it must be more than 0"),
+            (model("try_timeout_s = 0"), "models.a.try_timeout_s: it must be more than 0"),
             (model("timeout_s = 1e9"), "models.a.timeout_s: it must be at most 24 hours"),
             (model("concurrency = 0"), "models.a.concurrency: it must be between 1 and 65536"),
             (model("max_output_tokens = 0"), "models.a.max_output_tokens: it must be more than"),

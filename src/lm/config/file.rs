@@ -69,6 +69,7 @@ struct HttpToml {
     output_price: Option<f64>,
     max_output_tokens: Option<u32>,
     timeout_s: Option<f64>,
+    try_timeout_s: Option<f64>,
     connect_timeout_s: Option<f64>,
     retries: Option<u32>,
     concurrency: Option<usize>,
@@ -133,6 +134,7 @@ impl HttpToml {
         let options = UpstreamOptions {
             base_url: self.base_url,
             timeout: seconds("timeout_s", self.timeout_s, standard.timeout)?,
+            try_timeout: seconds("try_timeout_s", self.try_timeout_s, standard.try_timeout)?,
             connect_timeout: seconds("connect_timeout_s", self.connect_timeout_s, connect_timeout)?,
             answer_bytes_max: self.max_answer_bytes.unwrap_or(standard.answer_bytes_max),
             concurrency: self.concurrency.unwrap_or(standard.concurrency),
@@ -155,6 +157,7 @@ impl HttpToml {
 fn key_of(field: &str) -> &str {
     match field {
         "timeout" => "timeout_s",
+        "try_timeout" => "try_timeout_s",
         "connect_timeout" => "connect_timeout_s",
         "output_tokens_max" => "max_output_tokens",
         "price" => "input_price",

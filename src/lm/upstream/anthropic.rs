@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
 use super::chat::{messages, of_message, quoted};
-use super::reply::{Count, Text};
-use super::{Answer, Upstream, UpstreamOptions};
+use super::reply::{Loose, Number, Text};
+use super::{Answer, Counts, Upstream, UpstreamOptions};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -194,33 +194,36 @@ struct ReplyJson {
     content: Option<Text>,
     stop_reason: Option<String>,
     #[serde(default)]
-    usage: Option<UsageJson>,
+    usage: Loose<UsageJson>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct UsageJson {
-    input_tokens: Count,
-    cache_creation_input_tokens: Count,
-    cache_read_input_tokens: Count,
-    output_tokens: Count,
+    input_tokens: Number,
+    cache_creation_input_tokens: Number,
+    cache_read_input_tokens: Number,
+    output_tokens: Number,
 }
 
 impl ReplyJson {
-    fn answer(self) -> Result<Answer, String> {
-        let content = self.content.ok_or("the answer has no content")?;
-        let text = content.0.unwrap_or_default();
-        if text.is_empty() && self.stop_reason.as_deref() == Some("refusal") {
-            return Err("the model refused to answer".into());
-        }
-        let usage = self.usage.unwrap_or_default();
-        let cached = [usage.cache_creation_input_tokens, usage.cache_read_input_tokens];
-        let cached = cached.iter().filter_map(|count| count.get()).fold(0, u64::saturating_add);
-        Ok(Answer {
-            text,
-            input_tokens: usage.input_tokens.get().map(|input| input.saturating_add(cached)),
-            output_tokens: usage.output_tokens.get(),
+    fn answer(self) -> Answer {
+        let usage = self.usage.object().unwrap_or_default();
+        let cached = [&usage.cache_creation_input_tokens, &usage.cache_read_input_tokens];
+        let cached = cached.iter().filter_map(|count| count.count()).fold(0, u64::saturating_add);
+        let counts = Counts {
+            input_tokens: usage.input_tokens.count().map(|input| input.saturating_add(cached)),
+            output_tokens: usage.output_tokens.count(),
             cost: None,
-        })
+        };
+        let is_refused = self.stop_reason.as_deref() == Some("refusal");
+        let text = match self.content {
+            None => Err("the answer has no content".to_owned()),
+            Some(Text(text)) => match text.unwrap_or_default() {
+                text if text.is_empty() && is_refused => Err("the model refused to answer".into()),
+                text => Ok(text),
+            },
+        };
+        Answer { text, counts }
     }
 }

@@ -70,7 +70,8 @@ impl Price {
 /// When a call that failed is tried again.
 ///
 /// That is done after the statuses 408, 409, 429 and 5xx (unless the server's header `x-should-retry`
-/// says otherwise), when there is no connection, and when one ends before the answer is there. The
+/// says otherwise), when there is no connection, when one ends before the answer is there, and when a
+/// try takes longer than [`UpstreamOptions::try_timeout`]. The
 /// waits double from `base` to `cap`, each shortened by chance by up to a half, so that calls which
 /// failed together don't come back together. A server's `Retry-After` is added to the wait.
 ///
@@ -131,6 +132,7 @@ pub struct HttpProxy {
 /// | `key` | none is sent |
 /// | `connect_timeout` | 10 s for a connection, with TLS |
 /// | `timeout` | 300 s for a call, with all waits and tries |
+/// | `try_timeout` | 120 s for one try; then there is another, while `timeout` allows it |
 /// | `answer_bytes_max` | 16 MiB for an answer, checked while it arrives |
 /// | `concurrency` | 256 calls under way at once; others wait their turn |
 /// | `retries` | [`Retries::default`] |
@@ -166,6 +168,10 @@ pub struct UpstreamOptions {
     pub connect_timeout: Duration,
     /// How long a call may take, with waiting for its turn and all tries.
     pub timeout: Duration,
+    /// How long one try may take, from its connection to the end of its answer. One that takes longer is
+    /// given up and counts as a fault, so that a server which hangs is asked again; it may charge for
+    /// both. Models that think for minutes need more, and a longer `timeout`.
+    pub try_timeout: Duration,
     /// Bytes of an answer; a longer one is an error.
     pub answer_bytes_max: usize,
     /// Calls under way at once, counted until their answer is there, with the waits between tries.
@@ -200,6 +206,7 @@ impl Default for UpstreamOptions {
             key_hint: String::new(),
             connect_timeout: Duration::from_secs(10),
             timeout: Duration::from_secs(300),
+            try_timeout: Duration::from_secs(120),
             answer_bytes_max: 16 << 20,
             concurrency: 256,
             retries: Retries::default(),
@@ -222,6 +229,7 @@ impl UpstreamOptions {
             _ => Ok(()),
         };
         within("timeout", self.timeout)?;
+        within("try_timeout", self.try_timeout)?;
         within("connect_timeout", self.connect_timeout)?;
         if !(1..=CONCURRENCY_MAX).contains(&self.concurrency) {
             let reason = format!("it must be between 1 and {CONCURRENCY_MAX}");

@@ -10,6 +10,7 @@ use reqwest::{Client, NoProxy, Proxy, Request, Response, StatusCode, Url};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_platform_verifier::Verifier;
 use serde_json::Value as Json;
+use tokio::time::{Instant, timeout_at};
 
 use super::options::{HttpProxy, Secret, UpstreamOptions};
 use super::retry;
@@ -17,6 +18,8 @@ use crate::error::{Error, Result};
 
 /// Bytes of an error's body that are looked at.
 const ERROR_BYTES_MAX: usize = 64 << 10;
+/// How long the body of an error is waited for: its status and headers say what to do.
+const ERROR_TIME: Duration = Duration::from_secs(3);
 /// Characters of what a server says that go into a message.
 const SAID_CHARS_MAX: usize = 500;
 /// What is shorter is no key, and would be found in any text.
@@ -40,7 +43,7 @@ impl Fault {
         Self { reason: reason.into(), again: false, after: None, limited: false }
     }
 
-    fn passing(reason: impl Into<String>) -> Self {
+    pub(super) fn passing(reason: impl Into<String>) -> Self {
         Self { again: true, ..Self::last(reason) }
     }
 }
@@ -141,17 +144,25 @@ impl Transport {
         request
     }
 
-    /// Sends a request and reads its answer. Dropping the future closes the connection.
-    pub(super) async fn send(&self, request: Request) -> Result<Vec<u8>, Fault> {
-        let response = self.client.execute(request).await.map_err(|e| self.unsent(&e))?;
+    /// Sends a request and reads its answer; `None` if neither an answer nor a fault is there by
+    /// `until`. Dropping the future closes the connection.
+    pub(super) async fn send(
+        &self,
+        request: Request,
+        until: Instant,
+    ) -> Option<Result<Vec<u8>, Fault>> {
+        let response = match timeout_at(until, self.client.execute(request)).await.ok()? {
+            Ok(response) => response,
+            Err(error) => return Some(Err(self.unsent(&error))),
+        };
         let status = response.status();
         if status.is_success() {
-            return self.read_answer(response).await;
+            return timeout_at(until, self.read_answer(response)).await.ok();
         }
-        if status.is_redirection() {
-            return Err(self.redirected(&response));
-        }
-        Err(self.refused(response).await)
+        Some(Err(match status.is_redirection() {
+            true => self.redirected(&response),
+            false => self.refused(response, until).await,
+        }))
     }
 
     async fn read_answer(&self, mut response: Response) -> Result<Vec<u8>, Fault> {
@@ -172,8 +183,9 @@ impl Transport {
         Ok(answer)
     }
 
-    /// The server answered, but not with an answer.
-    async fn refused(&self, mut response: Response) -> Fault {
+    /// The server answered, but not with an answer. What it says of that is waited for until then at
+    /// most, and not for long.
+    async fn refused(&self, mut response: Response, until: Instant) -> Fault {
         let status = response.status();
         let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
         let after = retry::retry_after(header, SystemTime::now());
@@ -183,8 +195,9 @@ impl Transport {
             _ => None,
         };
         let mut body = Vec::new();
+        let until = until.min(Instant::now() + ERROR_TIME);
         // What can't be read isn't needed: the status says enough.
-        while let Ok(Some(chunk)) = response.chunk().await {
+        while let Ok(Ok(Some(chunk))) = timeout_at(until, response.chunk()).await {
             let room = ERROR_BYTES_MAX - body.len();
             body.extend_from_slice(&chunk[..chunk.len().min(room)]);
             if body.len() == ERROR_BYTES_MAX {
