@@ -55,7 +55,8 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// A key is looked for in `OPENAI_API_KEY` or `ANTHROPIC_API_KEY`, but only for that provider itself:
-/// with another `base_url` none is sent unless `key_env` or `key_file` names it.
+/// with another `base_url` none is sent unless `key_env` or `key_file` names it. White space around a
+/// key is left out.
 ///
 /// # Example
 ///
@@ -78,7 +79,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelsConfig {
-    /// For calls that name no model that is known. May be left out when there is one model.
+    /// For calls that name no model that is known. May be `None` when there is one model.
     pub default: Option<String>,
     /// For those of depth 1 and deeper, if it is another.
     pub sub: Option<String>,
@@ -138,7 +139,7 @@ pub enum ModelSource<'a> {
 }
 
 impl ModelsConfig {
-    /// Reads a file's text.
+    /// Reads a file's text. The only model of a file is its `default`.
     ///
     /// # Errors
     ///
@@ -153,7 +154,7 @@ impl ModelsConfig {
     /// assert_eq!(error.unwrap_err().to_string(), "models.a.timeout_s: it must be more than 0");
     /// ```
     pub fn from_toml(text: &str) -> Result<Self> {
-        let config = file::read(text)?;
+        let mut config = file::read(text)?;
         for (key, name) in [("default", &config.default), ("sub", &config.sub)] {
             if let Some(name) = name
                 && !config.models.contains_key(name)
@@ -165,9 +166,9 @@ impl ModelsConfig {
             let reason = "there is no model; begin one with a line such as [models.big]";
             return Err(Error::invalid("models", reason));
         }
-        if config.default.is_none() && config.models.len() > 1 {
-            let reason = "there are several models: say which one answers calls that name none";
-            return Err(Error::invalid("default", reason));
+        // Models that are added later don't take its place.
+        if config.default.is_none() && config.models.len() == 1 {
+            config.default = config.models.keys().next().cloned();
         }
         Ok(config)
     }
@@ -178,11 +179,15 @@ impl ModelsConfig {
     /// # Errors
     ///
     /// Those of `read`; [`Error::Invalid`] if a key is missing or a handler can't be made, with the
-    /// model's name.
+    /// model's name, and if there are several models and no [`default`](Self::default).
     pub fn router(
         &self,
         mut read: impl FnMut(ModelSource<'_>) -> Result<Option<String>>,
     ) -> Result<ModelRouter> {
+        if self.default.is_none() && self.models.len() > 1 {
+            let reason = "there are several models: say which one answers calls that name none";
+            return Err(Error::invalid("default", reason));
+        }
         let mut builder = ModelRouter::builder();
         for (name, model) in &self.models {
             builder = builder.model(name, model.handler(name, &mut read)?);
@@ -308,8 +313,11 @@ impl KeySource {
             Self::Variable(variable) => (ModelSource::Variable(variable), variable.clone()),
             Self::File(path) => (ModelSource::KeyFile(path), path.display().to_string()),
         };
-        if let Some(key) = read(source)?.filter(|key| !key.is_empty()) {
-            return Ok(Some((key, place)));
+        let text = read(source)?.unwrap_or_default();
+        // Editors and shells leave line ends and blanks around it; no key has any.
+        let key = text.trim();
+        if !key.is_empty() {
+            return Ok(Some((key.to_owned(), place)));
         }
         let what = match self {
             Self::File(_) => "is empty; write the key into it",
@@ -471,14 +479,26 @@ mod tests {
             ),
             (format!("default = \"b\"\n{}", model("")), "default: there is no table [models.b]"),
             (format!("sub = \"b\"\n{}", model("")), "sub: there is no table [models.b]"),
-            (
-                model("[models.b]\nprovider = \"openai\""),
-                "default: there are several models: say which one",
-            ),
         ] {
             let error = ModelsConfig::from_toml(&text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{text}\n{error}");
         }
+    }
+
+    #[test]
+    fn the_only_model_is_the_default_and_of_several_none() {
+        let model = |name: &str| format!("[models.{name}]\nprovider = \"script\"\nfile = \"f\"\n");
+        let rules = |_: ModelSource<'_>| Ok(Some("{}".to_owned()));
+        let mut one = ModelsConfig::from_toml(&model("m")).unwrap();
+        assert_eq!(one.default.as_deref(), Some("m"));
+        one.models.insert("a".into(), ModelConfig::Script("f".into()));
+        assert_eq!(one.router(rules).unwrap().default_model(0), "m");
+
+        let mut several = ModelsConfig::from_toml(&(model("m") + &model("n"))).unwrap();
+        let error = several.router(rules).unwrap_err().to_string();
+        assert!(error.starts_with("default: there are several models: say which one"), "{error}");
+        several.default = Some("n".into());
+        assert_eq!(several.router(rules).unwrap().default_model(0), "n");
     }
 
     #[tokio::test]
@@ -511,9 +531,10 @@ mod tests {
         let prompt = Prompt::Text("hi".into());
         let request = LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 };
         assert_eq!(router.complete(&request).await.unwrap().response, "by rule");
+        assert!(read(Some(" \tk \r\n"), rules).is_ok());
         for (key, rules, expected) in [
             (None, rules, "model \"keyed\": key is empty; write the key into it, or name"),
-            (Some(""), rules, "model \"keyed\": key is empty; write the key into it, or name"),
+            (Some(" \r\n"), rules, "model \"keyed\": key is empty; write the key into it, or name"),
             (Some("a\nb"), rules, "model \"keyed\": header authorization: the key or value has"),
             (Some("k"), "{", "model \"rules\": rules.json: LM script: EOF while parsing"),
         ] {
