@@ -765,6 +765,7 @@ async fn secrets_are_not_seen() {
         headers: vec![("x-team".into(), Secret::new("blue-team-secret"))],
         proxy: Some(HttpProxy {
             url: Secret::new(format!("http://me:proxy-secret@{}", server.address())),
+            source: String::new(),
             except: "127.0.0.1".into(),
         }),
         ..options(server.openai_url())
@@ -792,7 +793,7 @@ async fn a_proxy_is_used_where_it_is_given() {
     let server = ChatServer::start(ChatOptions { record: true, ..ChatOptions::default() }, |_| "a");
     let proxy = |except: &str| {
         let url = Secret::new(format!("http://me:pw@{}", server.address()));
-        Some(HttpProxy { url, except: except.into() })
+        Some(HttpProxy { url, source: "http_proxy".into(), except: except.into() })
     };
     let far = options("http://far.invalid/v1");
     let handler = openai(UpstreamOptions { proxy: proxy("localhost"), ..far.clone() });
@@ -807,11 +808,33 @@ async fn a_proxy_is_used_where_it_is_given() {
     let other = always(Reply::Text("b".into()));
     let direct = UpstreamOptions { proxy: except, retries, ..options(other.openai_url()) };
     assert_eq!(say(&openai(direct), "x").await.as_deref(), Ok("b"));
+
+    // One that isn't there is named, without its password; where it isn't used it may be of any kind.
+    let gone = |url: &str, except: &str| {
+        let (url, except) = (Secret::new(url), except.to_owned());
+        Some(HttpProxy { url, source: "http_proxy".into(), except })
+    };
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let proxy = gone(&format!("http://me:pw@{closed}"), "");
+    let error = say(&openai(UpstreamOptions { proxy, retries, ..far }), "x").await.unwrap_err();
+    assert_eq!(
+        error,
+        format!(
+            "m: no connection to the proxy {closed} (http_proxy): connection refused; does the \
+             server run?"
+        )
+    );
+    let proxy = gone("socks5://127.0.0.1:1", "127.0.0.0/8");
+    let unused = UpstreamOptions { proxy, ..options(other.openai_url()) };
+    assert_eq!(say(&openai(unused), "x").await.as_deref(), Ok("b"));
 }
 
 #[test]
 fn options_that_cannot_be_used_are_refused() {
     type Change = fn(&mut UpstreamOptions);
+    fn proxy(url: &str, source: &str) -> HttpProxy {
+        HttpProxy { url: Secret::new(url), source: source.into(), except: String::new() }
+    }
     let cases: Vec<(Change, &str)> = vec![
         (|o| o.base_url = Some("host/v1".into()), "base_url: it is no URL"),
         (|o| o.base_url = Some("ftp://host".into()), "base_url: it must begin with https://"),
@@ -829,13 +852,11 @@ fn options_that_cannot_be_used_are_refused() {
         (|o| o.price = Some(Price { input: -1.0, output: 0.0 }), "price: it must be a number"),
         (|o| o.price = Some(Price { input: 0.0, output: f64::NAN }), "price: it must be a number"),
         (|o| drop(o.parameters.insert("stream".into(), true.into())), "parameters.stream: the"),
+        (|o| o.proxy = Some(proxy("socks5://h:1", "")), "proxy: only http:// and https:// proxies"),
+        (|o| o.proxy = Some(proxy("http://", "")), "proxy: it is no address"),
         (
-            |o| o.proxy = Some(HttpProxy { url: Secret::new("socks5://h:1"), except: "".into() }),
-            "proxy: only http:// and https:// proxies",
-        ),
-        (
-            |o| o.proxy = Some(HttpProxy { url: Secret::new("http://"), except: "".into() }),
-            "proxy: it is no address",
+            |o| o.proxy = Some(proxy("socks5://me:pw@h:1", "http_proxy")),
+            "http_proxy: only http:// and https:// proxies",
         ),
     ];
     for (change, expected) in cases {

@@ -7,6 +7,7 @@ mod anthropic;
 mod chat;
 mod openai;
 mod options;
+mod proxy;
 mod reply;
 mod retry;
 mod transport;

@@ -119,8 +119,10 @@ impl Default for Retries {
 pub struct HttpProxy {
     /// Its address, such as `http://proxy:3128`; may hold a user and a password.
     pub url: Secret,
+    /// Where the address was named, such as `http_proxy`: errors say so. Empty: nothing.
+    pub source: String,
     /// Hosts that are reached without it, separated by commas: names with all below them, addresses,
-    /// networks such as `10.0.0.0/8`, or `*`.
+    /// networks such as `10.0.0.0/8`, or `*`. For these the address isn't even looked at.
     pub except: String,
 }
 

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
-use reqwest::{Client, NoProxy, Proxy, Request, Response, StatusCode, Url};
+use reqwest::{Client, Request, Response, StatusCode, Url};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_platform_verifier::Verifier;
 use serde_json::Value as Json;
 use tokio::time::{Instant, timeout_at};
 
-use super::options::{HttpProxy, Secret, UpstreamOptions};
+use super::options::{Secret, UpstreamOptions};
 use super::retry;
 use crate::error::{Error, Result};
 
@@ -53,6 +53,8 @@ impl Fault {
 pub(super) struct Transport {
     client: Client,
     url: Url,
+    /// What connections are made to, as errors name it: the server or a proxy.
+    contact: String,
     headers: HeaderMap,
     connect_timeout: Duration,
     answer_bytes_max: usize,
@@ -78,11 +80,10 @@ impl Transport {
             let (name, value) = header(name, value)?;
             map.insert(name, value);
         }
-        let proxy = options.proxy.as_ref().map(proxy).transpose()?;
-        let proxy_is_secret = options.proxy.as_ref().is_some_and(|proxy| {
-            proxy.url.expose().get(..6).is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
-        });
-        let tls = tls(url.scheme() == "https" || proxy_is_secret)?;
+        let way = options.proxy.as_ref().map(|proxy| proxy.way_to(&url)).transpose()?.flatten();
+        let proxy_is_secure = way.as_ref().is_some_and(|way| way.is_secure);
+        let tls = tls(url.scheme() == "https" || proxy_is_secure)?;
+        let contact = way.as_ref().map_or(url.authority(), |way| &way.name).to_owned();
         let mut client = Client::builder()
             .user_agent(concat!("kaa/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
@@ -93,8 +94,8 @@ impl Transport {
             // Otherwise the variables of the environment would name one.
             .no_proxy()
             .tls_backend_preconfigured(tls);
-        if let Some(proxy) = proxy {
-            client = client.proxy(proxy);
+        if let Some(way) = way {
+            client = client.proxy(way.proxy);
         }
         let client = client
             .build()
@@ -102,6 +103,7 @@ impl Transport {
         Ok(Self {
             client,
             url,
+            contact,
             headers: map,
             connect_timeout: options.connect_timeout,
             answer_bytes_max: options.answer_bytes_max,
@@ -242,8 +244,10 @@ impl Transport {
 
     /// No head of an answer came.
     fn unsent(&self, error: &reqwest::Error) -> Fault {
-        let host = self.url.authority();
+        let Self { contact, .. } = self;
         if let Some(tls) = cause::<rustls::Error>(error) {
+            // Certificates are those of the server, whatever is in between.
+            let host = self.url.authority();
             let reason = format!("no secure connection to {host}: {}", plain(&tls.to_string()));
             return Fault::last(reason);
         }
@@ -251,7 +255,7 @@ impl Transport {
             let reason = match cause::<io::Error>(error) {
                 _ if error.is_dns() => {
                     return Fault::passing(format!(
-                        "no address of {host} was found; is the name right?"
+                        "no address of {contact} was found; is the name right?"
                     ));
                 }
                 _ if error.is_timeout() => format!("not within {:?}", self.connect_timeout),
@@ -261,13 +265,13 @@ impl Transport {
                 Some(io) => plain(&io.to_string()),
                 None => plain(&root(error).to_string()),
             };
-            return Fault::passing(format!("no connection to {host}: {reason}"));
+            return Fault::passing(format!("no connection to {contact}: {reason}"));
         }
         match cause::<io::Error>(error) {
-            Some(io) if is_reset(io) => Fault::passing(format!("{host} reset the connection")),
-            Some(io) => Fault::passing(format!("{host}: {}", plain(&io.to_string()))),
+            Some(io) if is_reset(io) => Fault::passing(format!("{contact} reset the connection")),
+            Some(io) => Fault::passing(format!("{contact}: {}", plain(&io.to_string()))),
             None => Fault::passing(format!(
-                "{host} ended the connection without an answer: {}",
+                "{contact} ended the connection without an answer: {}",
                 plain(&root(error).to_string())
             )),
         }
@@ -320,17 +324,6 @@ fn header(name: &str, value: &Secret) -> Result<(HeaderName, HeaderValue)> {
     };
     value.set_sensitive(true);
     Ok((header, value))
-}
-
-fn proxy(proxy: &HttpProxy) -> Result<Proxy> {
-    let url = proxy.url.expose();
-    let scheme = url.split_once("://").map_or("http", |(scheme, _)| scheme);
-    if !["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) {
-        return Err(Error::invalid("proxy", "only http:// and https:// proxies are supported"));
-    }
-    // The message of the parser would quote the address, and with it a password.
-    let refuse = |_| Error::invalid("proxy", "it is no address; write it as http://HOST:PORT");
-    Ok(Proxy::all(url).map_err(refuse)?.no_proxy(NoProxy::from_string(&proxy.except)))
 }
 
 /// TLS with the certificates that the system trusts. A machine without any can still use plain HTTP.
