@@ -115,6 +115,22 @@ impl Default for Retries {
 }
 
 /// A proxy that requests go through.
+///
+/// ```
+/// use kaa::lm::{HttpProxy, OpenAiHandler, Secret, UpstreamOptions};
+///
+/// let proxy = HttpProxy {
+///     url: Secret::new("socks5://proxy:1080"),
+///     source: "http_proxy".into(),
+///     except: "localhost,127.0.0.0/8".into(),
+/// };
+/// let to = |base_url: &str| {
+///     let (base_url, proxy) = (Some(base_url.to_owned()), Some(proxy.clone()));
+///     OpenAiHandler::new("m", UpstreamOptions { base_url, proxy, ..Default::default() })
+/// };
+/// assert!(to("http://localhost:8000/v1").is_ok());
+/// assert!(to("http://far.example/v1").unwrap_err().to_string().starts_with("http_proxy: only http"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpProxy {
     /// Its address, such as `http://proxy:3128`; may hold a user and a password.
