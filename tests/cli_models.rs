@@ -71,7 +71,7 @@ fn server() -> ChatServer {
 fn flags_choose_the_model() {
     let here = TempDir::new().unwrap();
     let server = server();
-    fs::write(here.path().join("key"), "from-file\r\n").unwrap();
+    fs::write(here.path().join("key"), " from-file \r\n").unwrap();
     fs::write(here.path().join("rules.json"), r#"{"default": {"response": "by rule"}}"#).unwrap();
     let (openai, anthropic) = (server.openai_url(), server.anthropic_url());
     let model = format!("--model openai:x --base-url {openai}");
@@ -141,6 +141,17 @@ fn a_file_describes_models() {
         let found = printed(here.path(), words, &[("BIG_KEY", "k")], cell);
         assert_eq!(found, expected.concat(), "{words}");
     }
+    // The only model of a file stays the one that answers.
+    let only =
+        format!("[models.zed]\nprovider = \"openai\"\nbase_url = \"{}\"", server.openai_url());
+    fs::write(here.path().join("only.toml"), only).unwrap();
+    fs::write(here.path().join("rules.json"), r#"{"default": {"response": "by rule"}}"#).unwrap();
+    let words = "--models only.toml --sub-model script:rules.json";
+    let cell =
+        "print(llm_query('hi'))\nprint(llm_query('hi', model='zed'))\nprint(rlm_query('hi'))";
+    let expected = "by rule\nzed, no key: hi\nby rule\n";
+    assert_eq!(printed(here.path(), words, &[], cell), expected);
+
     let output = run(here.path(), "--models models.toml", &[], "1");
     assert_eq!(output.status.code(), Some(2));
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -153,6 +164,7 @@ fn mistakes_say_what_to_do() {
     let write = |name: &str, text: &str| fs::write(here.path().join(name), text).unwrap();
     write("bad.toml", "[models.a]\nprovider = \"openai\"\nmodle = \"m\"");
     write("a.toml", "[models.a]\nprovider = \"openai\"");
+    write("two.toml", "[models.b]\nprovider = \"openai\"\n[models.c]\nprovider = \"openai\"");
     write("empty", "\n");
     write("long", &"k".repeat(70_000));
     let local = "--model openai:x --base-url http://127.0.0.1:1/v1";
@@ -180,6 +192,20 @@ fn mistakes_say_what_to_do() {
         ("--key-env A --key-file B --model openai:x", "cannot be used with"),
         ("--lm 127.0.0.1:1 --model openai:x", "cannot be used with"),
         ("--lm-script rules --models a.toml", "cannot be used with"),
+        ("--lm 127.0.0.1:1 --base-url http://h", "cannot be used with"),
+        ("--lm-script rules --base-url http://h", "cannot be used with"),
+        ("--lm-script rules --key-env K", "cannot be used with"),
+        ("--lm-script rules --key-file k", "cannot be used with"),
+        (
+            "--models two.toml",
+            "--models: two.toml: there are several models; set `default`, or give",
+        ),
+        ("--models two.toml --model b", "model \"b\": OPENAI_API_KEY is not set;"),
+        (&format!("{local} --sub-model anthropic:y"), "model \"y\": ANTHROPIC_API_KEY is"),
+        (
+            "--model anthropic:x --base-url http://127.0.0.1:1 --sub-model openai:y",
+            "model \"y\": OPENAI_API_KEY is not set;",
+        ),
         (
             &format!("{local} --sub-model anthropic:x"),
             "--sub-model: another model is called \"x\" already; see --models",
@@ -205,6 +231,14 @@ fn mistakes_say_what_to_do() {
 fn the_proxy_of_the_environment_is_used_for_other_machines() {
     let here = TempDir::new().unwrap();
     let (server, proxy) = (server(), ChatServer::echo());
+    let socks = [("http_proxy", "socks5://127.0.0.1:1")];
+    let output = run(here.path(), "--model openai:x --base-url http://far.invalid/v1", &socks, "1");
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("model \"x\": http_proxy: only http:// and https://"), "{stderr}");
+    let local = format!("--model openai:x --base-url {}", server.openai_url());
+    let found = printed(here.path(), &local, &socks, "print(llm_query('hi'))");
+    assert_eq!(found, "x, no key: hi\n");
     let proxy_url = format!("http://{}", proxy.address());
     for (base_url, no_proxy, expected) in [
         ("http://far.invalid/v1", "", "hi\n"),

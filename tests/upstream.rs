@@ -147,7 +147,13 @@ async fn chats_take_the_form_of_their_provider() {
         json!({"role": role, "content": parts.collect::<Json>()})
     };
     let system = json!({"role": "system", "content": "be brief"});
-    let image = json!({"role": "user", "content": [{"type": "image", "source": {}}]});
+    let source = json!({"type": "base64", "media_type": "image/png", "data": "AAAA"});
+    let image = json!({"role": "user", "content": [{"type": "image", "source": source}]});
+    let far = json!({"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "https://a.example/?secret"}}
+    ]});
+    let not_far = "m: message 1 of the prompt: its part 1 (type \"image_url\") may make the server \
+                   fetch something; give texts as";
     let no_chat = |item: u32| {
         format!("m: the prompt is neither a text nor a chat: item {item} must be an object such as")
     };
@@ -170,6 +176,7 @@ async fn chats_take_the_form_of_their_provider() {
             Ok(json!({"system": "be brief\n\nand kind", "messages": [said("user", &["a"])]})),
         ),
         (json!([image]), messages(json!([image])), messages(json!([image]))),
+        (json!([far]), Err(not_far.into()), Err(not_far.into())),
         (
             json!([system]),
             messages(json!([system])),
@@ -182,7 +189,7 @@ async fn chats_take_the_form_of_their_provider() {
         ),
         (
             json!([user("a"), {"role": "user", "content": 5}]),
-            messages(json!([user("a"), {"role": "user", "content": 5}])),
+            Err("m: message 2 of the prompt: its content is neither a text nor a list".into()),
             Err("m: message 2 of the prompt: its content is neither a text nor a list".into()),
         ),
         (json!(["a"]), Err(no_chat(1)), Err(no_chat(1))),
@@ -216,6 +223,22 @@ async fn chats_take_the_form_of_their_provider() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn what_a_server_fetches_is_sent_where_that_is_allowed() {
+    let server = recording();
+    let image = json!({"type": "image_url", "image_url": {"url": "https://a.example/"}});
+    let message = json!({"role": "user", "content": [image], "audio": {"id": "1"}});
+    let allowed = |base_url| UpstreamOptions { remote_parts: true, ..options(base_url) };
+    let handlers: [&dyn LmHandler; 2] =
+        [&openai(allowed(server.openai_url())), &anthropic(allowed(server.anthropic_url()))];
+    for handler in handlers {
+        handler.complete(&request(Prompt::Messages(message.clone()))).await.unwrap();
+    }
+    let sent: Vec<_> =
+        server.requests().into_iter().map(|asked| asked.body["messages"].clone()).collect();
+    assert_eq!(sent, [json!([message]), json!([{"role": "user", "content": [image]}])]);
 }
 
 #[tokio::test]
@@ -344,6 +367,20 @@ async fn usage_is_the_servers_or_estimated() {
         (true, json!({"prompt_tokens": 1e300}), u64::MAX, 2, None),
         (false, anthropic_usage, 111, 8, None),
         (false, json!({"cache_read_input_tokens": 100}), 3, 2, None),
+        // What isn't a number is none.
+        (
+            true,
+            json!({"prompt_tokens": "7", "completion_tokens": 8, "cost": {"a": [1]}}),
+            3,
+            8,
+            None,
+        ),
+        (true, json!({"prompt_tokens": [7], "completion_tokens": true, "cost": "1"}), 3, 2, None),
+        (true, json!("much"), 3, 2, None),
+        (true, json!([7, 8, 0.25]), 3, 2, None),
+        (true, json!(7), 3, 2, None),
+        (false, json!({"input_tokens": 1, "cache_read_input_tokens": {}}), 1, 2, None),
+        (false, json!(false), 3, 2, None),
     ] {
         let server = always(Reply::Raw(200, Vec::new(), answer(usage.clone())));
         let completion = match is_openai {
@@ -353,6 +390,47 @@ async fn usage_is_the_servers_or_estimated() {
         let found = &completion.unwrap().usage[0];
         assert_eq!((found.input_tokens, found.output_tokens), (input, output), "{usage}");
         assert_eq!(found.cost, cost, "{usage}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_without_text_is_paid_for() {
+    let choice = |message: Json, usage: Json| json!({"choices": [{"message": message, "finish_reason": "length"}], "usage": usage});
+    let usage = json!({"prompt_tokens": 7, "completion_tokens": 8});
+    let failure = |usage: Json| json!({"error": {"message": "no"}, "usage": usage});
+    let refusal = |usage: Json| json!({"content": [], "stop_reason": "refusal", "usage": usage});
+    // Whether it's OpenAI's, the body, and the tokens that are booked. The prompt has 9 characters.
+    for (is_openai, body, tokens) in [
+        (true, choice(json!({"content": null}), usage.clone()), Some((7, 8))),
+        (true, choice(json!({"refusal": "no"}), usage.clone()), Some((7, 8))),
+        (true, choice(json!({"content": null}), json!(null)), Some((3, 0))),
+        (true, json!({"choices": [], "usage": usage}), Some((7, 8))),
+        (true, failure(usage), Some((7, 8))),
+        (true, failure(json!(null)), None),
+        (true, json!("no"), None),
+        (false, refusal(json!({"input_tokens": 5, "output_tokens": 6})), Some((5, 6))),
+        (false, refusal(json!(null)), Some((3, 0))),
+    ] {
+        let server = always(Reply::Raw(200, Vec::new(), body.to_string()));
+        let price = Some(Price { input: 1e6, output: 1e6 });
+        let request = request(Prompt::Text("nine char".into()));
+        let result = match is_openai {
+            true => {
+                let options = UpstreamOptions { price, ..options(server.openai_url()) };
+                openai(options).complete(&request).await
+            }
+            false => {
+                let options = UpstreamOptions { price, ..options(server.anthropic_url()) };
+                anthropic(options).complete(&request).await
+            }
+        };
+        let found = result.unwrap_err().usage;
+        let found: Vec<_> = found
+            .iter()
+            .map(|usage| (usage.input_tokens, usage.output_tokens, usage.cost.unwrap()))
+            .collect();
+        let expected = tokens.map(|(input, output)| (input, output, (input + output) as f64));
+        assert_eq!(found, Vec::from_iter(expected), "{body}");
     }
 }
 
@@ -411,6 +489,44 @@ async fn a_call_that_fails_is_tried_again() {
         let handler = openai(options(server.openai_url()));
         assert_eq!(say(&handler, "x").await.as_deref(), Ok("there"), "{name}");
         assert_eq!(server.counts().requests, 4, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_try_that_hangs_is_given_up_for_another() {
+    for hanging in [Reply::Hang, Reply::HangingBody(200, Vec::new())] {
+        let server =
+            ChatServer::start(ChatOptions::default(), move |request| match request.number {
+                0 => hanging.clone(),
+                _ => Reply::Text("there".into()),
+            });
+        let try_timeout = Duration::from_millis(500);
+        let handler = openai(UpstreamOptions { try_timeout, ..options(server.openai_url()) });
+        assert_eq!(say(&handler, "x").await.as_deref(), Ok("there"));
+        assert_eq!(server.counts().requests, 2);
+    }
+    let server = always(Reply::Hang);
+    let mut options = options(server.openai_url());
+    options.try_timeout = Duration::from_millis(50);
+    options.retries.max = 2;
+    let error = say(&openai(options), "x").await.unwrap_err();
+    assert_eq!(error, "m: no answer within 50ms (after 3 tries)");
+    assert_eq!(server.counts().requests, 3);
+}
+
+#[tokio::test]
+async fn an_error_whose_body_hangs_keeps_its_status() {
+    let told = vec![("retry-after", "61".to_owned())];
+    let server = always(Reply::HangingBody(429, told));
+    let standard = options(server.openai_url());
+    let short = UpstreamOptions { try_timeout: Duration::from_millis(500), ..standard.clone() };
+    for options in [short, standard] {
+        let start = Instant::now();
+        let error = say(&openai(options), "x").await.unwrap_err();
+        let expected = "m: rate limited: HTTP 429 (the server asks to wait for 61s; at most 60s";
+        assert!(error.starts_with(expected), "{error}");
+        // Long before the call's own limit of a minute.
+        assert!(start.elapsed() < Duration::from_secs(30));
     }
 }
 
@@ -649,6 +765,7 @@ async fn secrets_are_not_seen() {
         headers: vec![("x-team".into(), Secret::new("blue-team-secret"))],
         proxy: Some(HttpProxy {
             url: Secret::new(format!("http://me:proxy-secret@{}", server.address())),
+            source: String::new(),
             except: "127.0.0.1".into(),
         }),
         ..options(server.openai_url())
@@ -676,7 +793,7 @@ async fn a_proxy_is_used_where_it_is_given() {
     let server = ChatServer::start(ChatOptions { record: true, ..ChatOptions::default() }, |_| "a");
     let proxy = |except: &str| {
         let url = Secret::new(format!("http://me:pw@{}", server.address()));
-        Some(HttpProxy { url, except: except.into() })
+        Some(HttpProxy { url, source: "http_proxy".into(), except: except.into() })
     };
     let far = options("http://far.invalid/v1");
     let handler = openai(UpstreamOptions { proxy: proxy("localhost"), ..far.clone() });
@@ -691,11 +808,33 @@ async fn a_proxy_is_used_where_it_is_given() {
     let other = always(Reply::Text("b".into()));
     let direct = UpstreamOptions { proxy: except, retries, ..options(other.openai_url()) };
     assert_eq!(say(&openai(direct), "x").await.as_deref(), Ok("b"));
+
+    // One that isn't there is named, without its password; where it isn't used it may be of any kind.
+    let gone = |url: &str, except: &str| {
+        let (url, except) = (Secret::new(url), except.to_owned());
+        Some(HttpProxy { url, source: "http_proxy".into(), except })
+    };
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let proxy = gone(&format!("http://me:pw@{closed}"), "");
+    let error = say(&openai(UpstreamOptions { proxy, retries, ..far }), "x").await.unwrap_err();
+    assert_eq!(
+        error,
+        format!(
+            "m: no connection to the proxy {closed} (http_proxy): connection refused; does the \
+             server run?"
+        )
+    );
+    let proxy = gone("socks5://127.0.0.1:1", "127.0.0.0/8");
+    let unused = UpstreamOptions { proxy, ..options(other.openai_url()) };
+    assert_eq!(say(&openai(unused), "x").await.as_deref(), Ok("b"));
 }
 
 #[test]
 fn options_that_cannot_be_used_are_refused() {
     type Change = fn(&mut UpstreamOptions);
+    fn proxy(url: &str, source: &str) -> HttpProxy {
+        HttpProxy { url: Secret::new(url), source: source.into(), except: String::new() }
+    }
     let cases: Vec<(Change, &str)> = vec![
         (|o| o.base_url = Some("host/v1".into()), "base_url: it is no URL"),
         (|o| o.base_url = Some("ftp://host".into()), "base_url: it must begin with https://"),
@@ -704,6 +843,7 @@ fn options_that_cannot_be_used_are_refused() {
         (|o| o.key = Some(Secret::new("a\nb")), "header authorization: the key or value has"),
         (|o| o.headers = vec![("a b".into(), Secret::new(""))], "headers: \"a b\" can't be"),
         (|o| o.timeout = Duration::ZERO, "timeout: it must be more than 0"),
+        (|o| o.try_timeout = Duration::ZERO, "try_timeout: it must be more than 0"),
         (|o| o.timeout = Duration::MAX, "timeout: it must be at most 24 hours"),
         (|o| o.connect_timeout = Duration::ZERO, "connect_timeout: it must be more than 0"),
         (|o| o.concurrency = 0, "concurrency: it must be between 1 and 65536"),
@@ -712,13 +852,11 @@ fn options_that_cannot_be_used_are_refused() {
         (|o| o.price = Some(Price { input: -1.0, output: 0.0 }), "price: it must be a number"),
         (|o| o.price = Some(Price { input: 0.0, output: f64::NAN }), "price: it must be a number"),
         (|o| drop(o.parameters.insert("stream".into(), true.into())), "parameters.stream: the"),
+        (|o| o.proxy = Some(proxy("socks5://h:1", "")), "proxy: only http:// and https:// proxies"),
+        (|o| o.proxy = Some(proxy("http://", "")), "proxy: it is no address"),
         (
-            |o| o.proxy = Some(HttpProxy { url: Secret::new("socks5://h:1"), except: "".into() }),
-            "proxy: only http:// and https:// proxies",
-        ),
-        (
-            |o| o.proxy = Some(HttpProxy { url: Secret::new("http://"), except: "".into() }),
-            "proxy: it is no address",
+            |o| o.proxy = Some(proxy("socks5://me:pw@h:1", "http_proxy")),
+            "http_proxy: only http:// and https:// proxies",
         ),
     ];
     for (change, expected) in cases {

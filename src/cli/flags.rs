@@ -187,16 +187,8 @@ impl SessionFlags {
         });
         let lm = lm.map(|router| router as Arc<dyn LmHandler>);
         let options = EnvironmentOptions { limits, policy, profile, lm, ..Default::default() };
-        if let Some(parent) = self.snapshot_out.as_deref().and_then(Path::parent)
-            && !parent.as_os_str().is_empty()
-            && !parent.is_dir()
-        {
-            let reason = format!("there is no directory {}", parent.display());
-            return Err(Failure::usage("--snapshot-out", reason));
-        }
-        if let Some(path) = self.snapshot_out.as_ref().filter(|path| path.is_dir()) {
-            let reason = format!("{} is a directory; name a file", path.display());
-            return Err(Failure::usage("--snapshot-out", reason));
+        if let Some(path) = &self.snapshot_out {
+            check_snapshot_out(path)?;
         }
         Ok(Plan {
             image: self.image,
@@ -243,6 +235,20 @@ pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, F
         return Err(Failure::usage(flag, reason));
     }
     Ok(bytes)
+}
+
+/// Whether a snapshot can be written there, before a session runs that would be lost.
+fn check_snapshot_out(path: &Path) -> Result<(), Failure> {
+    let refuse = |reason: String| Err(Failure::usage("--snapshot-out", reason));
+    if path.is_dir() {
+        return refuse(format!("{} is a directory; name a file", path.display()));
+    }
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
+            refuse(format!("there is no directory {}", parent.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether a file or directory that a flag names is there.

@@ -16,6 +16,10 @@ use super::flags::reason;
 
 /// No key is longer; a wrong file, such as a device, may be.
 const KEY_BYTES_MAX: u64 = 64 << 10;
+/// Providers for which there is a base URL.
+const SERVERS: [&str; 2] = ["openai", "anthropic"];
+/// Providers that want a key or a token.
+const KEYED: [&str; 3] = ["openai", "anthropic", "socket"];
 /// Hosts that are never reached through a proxy.
 const LOOPBACK: &str = "localhost,127.0.0.0/8,::1";
 
@@ -35,7 +39,7 @@ pub(super) struct LmFlags {
     #[arg(long, value_name = "FILE")]
     models: Option<PathBuf>,
     /// Address of the server for openai:NAME (as https://HOST/v1) or anthropic:NAME; it gets no key
-    /// unless one is named
+    /// unless one is named. As the key it is for --sub-model only if --model has not another provider
     #[arg(long, value_name = "URL")]
     base_url: Option<String>,
     /// Environment variable that holds the key of --model [default: OPENAI_API_KEY or
@@ -48,11 +52,14 @@ pub(super) struct LmFlags {
     /// Address of an RLM LM handler that answers llm_query
     #[arg(
         long, value_name = "HOST:PORT", value_parser = socket,
-        conflicts_with_all = ["lm_script", "model", "sub_model", "models"]
+        conflicts_with_all = ["lm_script", "model", "sub_model", "models", "base_url"]
     )]
     lm: Option<String>,
     /// File of rules that answer llm_query without any model; see examples/packages.lm.json
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "sub_model", "models"])]
+    #[arg(
+        long, value_name = "FILE",
+        conflicts_with_all = ["model", "sub_model", "models", "base_url", "key_env", "key_file"]
+    )]
     lm_script: Option<PathBuf>,
 }
 
@@ -97,20 +104,23 @@ impl LmFlags {
                 _ => config.sub = Some(name),
             }
         }
-        let specs = || [&self.model, &self.sub_model].into_iter().flatten();
-        let is_of = |providers: &[&str]| {
-            specs().any(|spec| providers.iter().any(|provider| spec.starts_with(provider)))
-        };
-        let (http, keyed) = (["openai:", "anthropic:"], ["openai:", "anthropic:", "socket:"]);
-        for (flag, is_given, fits) in [
-            ("--base-url", self.base_url.is_some(), is_of(&http)),
-            ("--key-env", self.key_env.is_some(), is_of(&keyed)),
-            ("--key-file", self.key_file.is_some(), is_of(&keyed)),
+        for (flag, is_given, takers) in [
+            ("--base-url", self.base_url.is_some(), &SERVERS[..]),
+            ("--key-env", self.key_env.is_some(), &KEYED[..]),
+            ("--key-file", self.key_file.is_some(), &KEYED[..]),
         ] {
-            if is_given && !fits {
+            if is_given && self.owner(takers).is_none() {
                 let reason = "it is for --model openai:NAME or anthropic:NAME; give that too";
                 return Err(Failure::usage(flag, reason));
             }
+        }
+        if let (Some(path), None) = (&self.models, &config.default)
+            && config.models.len() > 1
+        {
+            let path = path.display();
+            let reason =
+                format!("{path}: there are several models; set `default`, or give --model");
+            return Err(Failure::usage("--models", reason));
         }
         if self.sub_model.is_some() && self.model.is_none() && self.models.is_none() {
             return Err(Failure::usage("--sub-model", "give --model or --models too"));
@@ -127,20 +137,29 @@ impl LmFlags {
         }
     }
 
+    /// The provider that a flag is for: the first of --model's and --sub-model's which takes it. Another
+    /// one must not see a key, nor a server of the other's.
+    fn owner(&self, takers: &[&str]) -> Option<&str> {
+        let specs = [&self.model, &self.sub_model].into_iter().flatten();
+        specs.map(|spec| provider(spec)).find(|provider| takers.contains(provider))
+    }
+
     /// The name of the model that `spec` means; it's added unless the file has it.
     fn add(&self, config: &mut ModelsConfig, flag: &str, spec: &str) -> Result<String, Failure> {
         if config.models.contains_key(spec) {
             return Ok(spec.to_owned());
         }
-        let model =
-            ModelConfig::from_spec(spec, self.base_url.clone(), self.key()).map_err(|error| {
-                let mut reason = format!("{spec:?}: {}", reason(error));
-                if let Some(path) = &self.models {
-                    let names: Vec<_> = config.models.keys().map(String::as_str).collect();
-                    reason += &format!(", or a name in {}: {}", path.display(), names.join(", "));
-                }
-                Failure::usage(flag, reason)
-            })?;
+        let own = Some(provider(spec));
+        let base_url = self.base_url.clone().filter(|_| self.owner(&SERVERS) == own);
+        let key = self.key().filter(|_| self.owner(&KEYED) == own);
+        let model = ModelConfig::from_spec(spec, base_url, key).map_err(|error| {
+            let mut reason = format!("{spec:?}: {}", reason(error));
+            if let Some(path) = &self.models {
+                let names: Vec<_> = config.models.keys().map(String::as_str).collect();
+                reason += &format!(", or a name in {}: {}", path.display(), names.join(", "));
+            }
+            Failure::usage(flag, reason)
+        })?;
         // What cells call it: the name alone, where there is one.
         let name = match &model {
             ModelConfig::OpenAi(http) | ModelConfig::Anthropic(http) => http.model.clone(),
@@ -154,6 +173,12 @@ impl LmFlags {
             _ => Ok(name),
         }
     }
+}
+
+/// What stands before the colon of `PROVIDER:NAME`; nothing where there is none, as in most names of
+/// models in a file.
+fn provider(spec: &str) -> &str {
+    spec.split_once(':').map_or("", |(provider, _)| provider)
 }
 
 fn only(name: &str, model: ModelConfig) -> ModelsConfig {
@@ -182,7 +207,7 @@ fn text_of(path: &Path) -> Result<String, String> {
     std::fs::read_to_string(path).map_err(|e| format!("reading {}: {e}", path.display()))
 }
 
-/// The key in a file, without the end of its line.
+/// What stands in a file for a key.
 fn key_of(path: &Path) -> Result<String, String> {
     let mut key = String::new();
     std::fs::File::open(path)
@@ -191,28 +216,83 @@ fn key_of(path: &Path) -> Result<String, String> {
     if key.len() as u64 > KEY_BYTES_MAX {
         return Err(format!("{} is too long for a key", path.display()));
     }
-    Ok(key.trim_end_matches(['\r', '\n']).to_owned())
+    Ok(key)
 }
 
 /// The proxy that the environment names for an address; the usual variables, and never for this
 /// machine itself. `HTTP_PROXY` in capitals isn't read: a CGI server lets clients set it.
 fn proxy(base_url: Option<&str>) -> Option<HttpProxy> {
-    let first = |names: &[&str]| {
-        let values = names.iter().filter_map(|name| std::env::var(name).ok());
-        values.into_iter().find(|value| !value.is_empty())
+    let first = |names: &[&'static str]| {
+        let values = names.iter().filter_map(|name| Some((*name, std::env::var(name).ok()?)));
+        values.into_iter().find(|(_, value)| !value.is_empty())
     };
     let is_plain = base_url.is_some_and(|url| url.starts_with("http:"));
-    let url = match is_plain {
+    let (source, url) = match is_plain {
         true => first(&["http_proxy"]),
         false => first(&["https_proxy", "HTTPS_PROXY"]),
-    };
+    }?;
     let except = match first(&["no_proxy", "NO_PROXY"]) {
-        Some(hosts) => format!("{hosts},{LOOPBACK}"),
+        Some((_, hosts)) => format!("{hosts},{LOOPBACK}"),
         None => LOOPBACK.to_owned(),
     };
-    url.map(|url| HttpProxy { url: Secret::new(url), except })
+    Some(HttpProxy { url: Secret::new(url), source: source.to_owned(), except })
 }
 
 fn socket(text: &str) -> Result<String, String> {
     SocketHandler::new(text).map(|_| text.to_owned()).map_err(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Words {
+        #[command(flatten)]
+        lm: LmFlags,
+    }
+
+    /// Where the key of a model is looked for, and its base URL or address.
+    fn place(model: &ModelConfig) -> (String, String) {
+        let (key, url) = match model {
+            ModelConfig::OpenAi(http) | ModelConfig::Anthropic(http) => {
+                (&http.key, http.options.base_url.clone())
+            }
+            ModelConfig::Socket { address, token } => (token, Some(address.clone())),
+            ModelConfig::Script(_) => (&KeySource::None, None),
+        };
+        let key = match key {
+            KeySource::None => String::new(),
+            KeySource::Variable(name) => name.clone(),
+            KeySource::File(path) => path.display().to_string(),
+        };
+        (key, url.unwrap_or_default())
+    }
+
+    #[test]
+    fn keys_and_servers_stay_with_their_provider() {
+        for (model, sub_model, of_model, of_sub_model) in [
+            ("openai:a", "openai:b", ("K", "http://h"), ("K", "http://h")),
+            ("anthropic:a", "anthropic:b", ("K", "http://h"), ("K", "http://h")),
+            ("openai:a", "anthropic:b", ("K", "http://h"), ("ANTHROPIC_API_KEY", "")),
+            ("anthropic:a", "openai:b", ("K", "http://h"), ("OPENAI_API_KEY", "")),
+            ("openai:a", "socket:h:1", ("K", "http://h"), ("", "h:1")),
+            ("openai:a", "script:b", ("K", "http://h"), ("", "")),
+            ("script:a", "anthropic:b", ("", ""), ("K", "http://h")),
+            // The token is not for the server of a base URL either.
+            ("socket:h:1", "openai:b", ("K", "h:1"), ("", "http://h")),
+        ] {
+            let words =
+                ["kaa", "--model", model, "--sub-model", sub_model, "--base-url", "http://h"];
+            let words = words.into_iter().chain(["--key-env", "K"]);
+            let mut flags = Words::try_parse_from(words).unwrap().lm;
+            let Ok(Some(config)) = flags.config() else { panic!("{model} {sub_model}") };
+            for (name, expected) in [(config.default, of_model), (config.sub, of_sub_model)] {
+                let (key, url) = place(&config.models[&name.unwrap()]);
+                assert_eq!((key.as_str(), url.as_str()), expected, "{model} {sub_model}");
+            }
+        }
+    }
 }

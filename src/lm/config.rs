@@ -32,10 +32,12 @@ use crate::error::{Error, Result};
 /// output_price = 5.0
 /// max_output_tokens = 8192
 /// timeout_s = 300            # of a call, with all tries
+/// try_timeout_s = 120        # of one of them
 /// connect_timeout_s = 10
 /// retries = 4
 /// concurrency = 256          # calls at once
 /// max_answer_bytes = 16777216
+/// remote_parts = false       # true: cells may name images by URL, which the server then fetches
 /// parameters = { temperature = 0.2 }
 ///
 /// [models.local]
@@ -53,7 +55,8 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// A key is looked for in `OPENAI_API_KEY` or `ANTHROPIC_API_KEY`, but only for that provider itself:
-/// with another `base_url` none is sent unless `key_env` or `key_file` names it.
+/// with another `base_url` none is sent unless `key_env` or `key_file` names it. White space around a
+/// key is left out.
 ///
 /// # Example
 ///
@@ -76,7 +79,7 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ModelsConfig {
-    /// For calls that name no model that is known. May be left out when there is one model.
+    /// For calls that name no model that is known. May be `None` when there is one model.
     pub default: Option<String>,
     /// For those of depth 1 and deeper, if it is another.
     pub sub: Option<String>,
@@ -136,7 +139,7 @@ pub enum ModelSource<'a> {
 }
 
 impl ModelsConfig {
-    /// Reads a file's text.
+    /// Reads a file's text. The only model of a file is its `default`.
     ///
     /// # Errors
     ///
@@ -151,7 +154,7 @@ impl ModelsConfig {
     /// assert_eq!(error.unwrap_err().to_string(), "models.a.timeout_s: it must be more than 0");
     /// ```
     pub fn from_toml(text: &str) -> Result<Self> {
-        let config = file::read(text)?;
+        let mut config = file::read(text)?;
         for (key, name) in [("default", &config.default), ("sub", &config.sub)] {
             if let Some(name) = name
                 && !config.models.contains_key(name)
@@ -163,9 +166,9 @@ impl ModelsConfig {
             let reason = "there is no model; begin one with a line such as [models.big]";
             return Err(Error::invalid("models", reason));
         }
-        if config.default.is_none() && config.models.len() > 1 {
-            let reason = "there are several models: say which one answers calls that name none";
-            return Err(Error::invalid("default", reason));
+        // Models that are added later don't take its place.
+        if config.default.is_none() && config.models.len() == 1 {
+            config.default = config.models.keys().next().cloned();
         }
         Ok(config)
     }
@@ -176,11 +179,15 @@ impl ModelsConfig {
     /// # Errors
     ///
     /// Those of `read`; [`Error::Invalid`] if a key is missing or a handler can't be made, with the
-    /// model's name.
+    /// model's name, and if there are several models and no [`default`](Self::default).
     pub fn router(
         &self,
         mut read: impl FnMut(ModelSource<'_>) -> Result<Option<String>>,
     ) -> Result<ModelRouter> {
+        if self.default.is_none() && self.models.len() > 1 {
+            let reason = "there are several models: say which one answers calls that name none";
+            return Err(Error::invalid("default", reason));
+        }
         let mut builder = ModelRouter::builder();
         for (name, model) in &self.models {
             builder = builder.model(name, model.handler(name, &mut read)?);
@@ -306,8 +313,11 @@ impl KeySource {
             Self::Variable(variable) => (ModelSource::Variable(variable), variable.clone()),
             Self::File(path) => (ModelSource::KeyFile(path), path.display().to_string()),
         };
-        if let Some(key) = read(source)?.filter(|key| !key.is_empty()) {
-            return Ok(Some((key, place)));
+        let text = read(source)?.unwrap_or_default();
+        // Editors and shells leave line ends and blanks around it; no key has any.
+        let key = text.trim();
+        if !key.is_empty() {
+            return Ok(Some((key.to_owned(), place)));
         }
         let what = match self {
             Self::File(_) => "is empty; write the key into it",
@@ -359,10 +369,12 @@ mod tests {
             output_price = 10
             max_output_tokens = 100
             timeout_s = 0.5
+            try_timeout_s = 0.25
             connect_timeout_s = 2
             retries = 0
             concurrency = 9
             max_answer_bytes = 1000
+            remote_parts = true
             [models.big.parameters]
             temperature = 0.2
             [models.claude]
@@ -389,9 +401,10 @@ mod tests {
         assert_eq!(options.price, Some(Price { input: 1.25, output: 10.0 }));
         assert_eq!(options.output_tokens_max, Some(100));
         assert_eq!(options.timeout, Duration::from_millis(500));
+        assert_eq!(options.try_timeout, Duration::from_millis(250));
         assert_eq!(options.connect_timeout, Duration::from_secs(2));
         assert_eq!((options.retries.max, options.concurrency), (0, 9));
-        assert_eq!(options.answer_bytes_max, 1000);
+        assert_eq!((options.answer_bytes_max, options.remote_parts), (1000, true));
         assert_eq!(options.parameters["temperature"], 0.2);
         let ModelConfig::Anthropic(claude) = &config.models["claude"] else { panic!() };
         let standard = UpstreamOptions::default();
@@ -447,6 +460,7 @@ mod tests {
             (model("timeout_s = -1"), "models.a.timeout_s: it must be a number of seconds"),
             (model("timeout_s = nan"), "models.a.timeout_s: it must be a number of seconds"),
             (model("timeout_s = 0"), "models.a.timeout_s: it must be more than 0"),
+            (model("try_timeout_s = 0"), "models.a.try_timeout_s: it must be more than 0"),
             (model("timeout_s = 1e9"), "models.a.timeout_s: it must be at most 24 hours"),
             (model("concurrency = 0"), "models.a.concurrency: it must be between 1 and 65536"),
             (model("max_output_tokens = 0"), "models.a.max_output_tokens: it must be more than"),
@@ -465,14 +479,26 @@ mod tests {
             ),
             (format!("default = \"b\"\n{}", model("")), "default: there is no table [models.b]"),
             (format!("sub = \"b\"\n{}", model("")), "sub: there is no table [models.b]"),
-            (
-                model("[models.b]\nprovider = \"openai\""),
-                "default: there are several models: say which one",
-            ),
         ] {
             let error = ModelsConfig::from_toml(&text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{text}\n{error}");
         }
+    }
+
+    #[test]
+    fn the_only_model_is_the_default_and_of_several_none() {
+        let model = |name: &str| format!("[models.{name}]\nprovider = \"script\"\nfile = \"f\"\n");
+        let rules = |_: ModelSource<'_>| Ok(Some("{}".to_owned()));
+        let mut one = ModelsConfig::from_toml(&model("m")).unwrap();
+        assert_eq!(one.default.as_deref(), Some("m"));
+        one.models.insert("a".into(), ModelConfig::Script("f".into()));
+        assert_eq!(one.router(rules).unwrap().default_model(0), "m");
+
+        let mut several = ModelsConfig::from_toml(&(model("m") + &model("n"))).unwrap();
+        let error = several.router(rules).unwrap_err().to_string();
+        assert!(error.starts_with("default: there are several models: say which one"), "{error}");
+        several.default = Some("n".into());
+        assert_eq!(several.router(rules).unwrap().default_model(0), "n");
     }
 
     #[tokio::test]
@@ -505,9 +531,10 @@ mod tests {
         let prompt = Prompt::Text("hi".into());
         let request = LmRequest { kind: LmKind::Llm, prompt, model: None, depth: 1 };
         assert_eq!(router.complete(&request).await.unwrap().response, "by rule");
+        assert!(read(Some(" \tk \r\n"), rules).is_ok());
         for (key, rules, expected) in [
             (None, rules, "model \"keyed\": key is empty; write the key into it, or name"),
-            (Some(""), rules, "model \"keyed\": key is empty; write the key into it, or name"),
+            (Some(" \r\n"), rules, "model \"keyed\": key is empty; write the key into it, or name"),
             (Some("a\nb"), rules, "model \"keyed\": header authorization: the key or value has"),
             (Some("k"), "{", "model \"rules\": rules.json: LM script: EOF while parsing"),
         ] {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::{Ledger, LmCompletion, LmError, LmHandler, LmRequest, UsageSummary, usage_of};
+use super::{Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, UsageSummary, usage_of};
 use crate::error::{Error, Result};
 
 /// Gives each call to the model that it is for, as RLM's handler does:
@@ -85,7 +85,8 @@ impl ModelRouter {
         self.by_depth.range(..=depth).next_back().map_or(&self.default, |(_, name)| name)
     }
 
-    /// What all calls that went through have cost, by model.
+    /// What all calls that went through have cost, by model. Those of a batch are counted when all of
+    /// it is answered: of one whose future is dropped, none is.
     #[must_use]
     pub fn usage(&self) -> UsageSummary {
         self.usage.total()
@@ -128,6 +129,10 @@ impl LmHandler for ModelRouter {
     fn model_name(&self, depth: i32) -> Option<&str> {
         let name = self.default_model(depth);
         self.models[name].model_name(depth).or(Some(name))
+    }
+
+    fn nests(&self, kind: LmKind) -> bool {
+        self.models.values().any(|model| model.nests(kind))
     }
 
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
@@ -262,7 +267,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::lm::{LmKind, ModelUsage, Prompt};
+    use crate::lm::{ModelUsage, Prompt, ScriptedHandler};
 
     /// Answers with its name, and notes the sizes of the batches that it gets.
     #[derive(Default)]
@@ -368,6 +373,28 @@ mod tests {
         assert_eq!(*a.batches.lock().unwrap(), [3, 2]);
         assert_eq!(*b.batches.lock().unwrap(), [2]);
         assert_eq!(router.usage().calls(), 6);
+    }
+
+    #[test]
+    fn a_model_with_sessions_of_its_own_is_known_by_its_router() {
+        struct Nesting;
+        #[async_trait]
+        impl LmHandler for Nesting {
+            fn nests(&self, kind: LmKind) -> bool {
+                kind == LmKind::Rlm
+            }
+
+            async fn complete(&self, _request: &LmRequest) -> Result<LmCompletion, LmError> {
+                Ok(LmCompletion::default())
+            }
+        }
+        let plain = || ModelRouter::builder().model("plain", Arc::new(ScriptedHandler::echo()));
+        let nesting = plain().model("nesting", Arc::new(Nesting)).build().unwrap();
+        let plain = plain().build().unwrap();
+        for kind in [LmKind::Llm, LmKind::Rlm] {
+            assert_eq!(nesting.nests(kind), kind == LmKind::Rlm);
+            assert!(!plain.nests(kind));
+        }
     }
 
     #[test]

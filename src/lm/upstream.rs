@@ -1,11 +1,13 @@
 //! Models behind an HTTP interface: what OpenAI's and Anthropic's have in common.
 //!
-//! `transport` is one try over HTTP, `retry` says when there is another, `openai` and `anthropic` are
-//! the two formats.
+//! `chat` says what of a guest's prompt is sent, `transport` is one try over HTTP, `retry` says when
+//! there is another, `openai` and `anthropic` are the two formats.
 
 mod anthropic;
+mod chat;
 mod openai;
 mod options;
+mod proxy;
 mod reply;
 mod retry;
 mod transport;
@@ -38,7 +40,14 @@ struct Upstream {
 
 /// What a server said to a prompt.
 struct Answer {
-    text: String,
+    /// Its text, or why it has none.
+    text: Result<String, String>,
+    counts: Counts,
+}
+
+/// What a server says that an answer cost.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Counts {
     input_tokens: Option<u64>,
     output_tokens: Option<u64>,
     /// In US dollars, where the server names it.
@@ -95,12 +104,18 @@ impl Upstream {
                 return Err(self.error("the request can't be repeated"));
             };
             tries += 1;
-            let Ok(result) = time::timeout_at(deadline, self.transport.send(once)).await else {
-                return Err(self.error(format!("no answer within {timeout:?}{}", after(tries - 1))));
-            };
-            let fault = match result {
-                Ok(answer) => return Ok(answer),
-                Err(fault) => fault,
+            let try_timeout = self.options.try_timeout;
+            let until = deadline.min(time::Instant::now() + try_timeout);
+            let fault = match self.transport.send(once, until).await {
+                Some(Ok(answer)) => return Ok(answer),
+                Some(Err(fault)) => fault,
+                None if until < deadline => {
+                    Fault::passing(format!("no answer within {try_timeout:?}"))
+                }
+                None => {
+                    let reason = format!("no answer within {timeout:?}{}", after(tries - 1));
+                    return Err(self.error(reason));
+                }
             };
             let wait = self.wait(&fault, tries, deadline).map_err(|error| self.error(error))?;
             time::sleep(wait).await;
@@ -137,52 +152,48 @@ impl Upstream {
         Ok(wait)
     }
 
-    /// Reads an answer; `wanted` takes what's needed out of its JSON, if that is there.
+    /// Reads the answer to a request; `wanted` takes what's needed out of its JSON.
     fn read<T: DeserializeOwned>(
         &self,
+        request: &LmRequest,
         mut bytes: Vec<u8>,
-        wanted: impl FnOnce(T) -> Result<Answer, String>,
-    ) -> Result<Answer, LmError> {
+        wanted: impl FnOnce(T) -> Answer,
+    ) -> Result<LmCompletion, LmError> {
         replace_lone_surrogates(&mut bytes);
         let quote = |text: &str| self.transport.quote(text);
-        match serde_json::from_slice(&bytes) {
-            Ok(reply) => wanted(reply).map_err(|reason| match is_failure(&bytes) {
-                true => self.error(format!("the server says: {}", self.transport.said(&bytes))),
-                false => self.error(quote(&reason)),
-            }),
+        let reply = serde_json::from_slice(&bytes).map_err(|e| {
             // These quote what they don't want.
-            Err(e) => Err(self.error(match e.classify() {
-                Category::Data => {
-                    format!(
-                        "the answer has not the form of a completion: {}",
-                        quote(&e.to_string())
-                    )
-                }
-                _ => format!("the answer is not JSON: {}", quote(&e.to_string())),
-            })),
+            let found = quote(&e.to_string());
+            self.error(match e.classify() {
+                Category::Data => format!("the answer has not the form of a completion: {found}"),
+                _ => format!("the answer is not JSON: {found}"),
+            })
+        })?;
+        let Answer { text, counts } = wanted(reply);
+        let usage = vec![self.usage(request, text.as_deref().unwrap_or_default(), counts)];
+        let reason = match text {
+            Ok(response) => {
+                let model = request.model.as_ref().unwrap_or(&self.model).clone();
+                return Ok(LmCompletion { model, response, usage, ..LmCompletion::default() });
+            }
+            Err(reason) => reason,
+        };
+        if !is_failure(&bytes) {
+            return Err(self.error(quote(&reason)).with_usage(usage));
         }
+        let error = self.error(format!("the server says: {}", self.transport.said(&bytes)));
+        // What failed is paid for only where the server counts it.
+        let is_counted = counts != Counts::default();
+        Err(if is_counted { error.with_usage(usage) } else { error })
     }
 
-    fn completion(
-        &self,
-        request: &LmRequest,
-        answer: Answer,
-        execution_time: Duration,
-    ) -> LmCompletion {
+    fn usage(&self, request: &LmRequest, text: &str, counts: Counts) -> ModelUsage {
         let input_tokens =
-            answer.input_tokens.unwrap_or_else(|| tokens_of(&request.prompt.to_text()));
-        let output_tokens = answer.output_tokens.unwrap_or_else(|| tokens_of(&answer.text));
+            counts.input_tokens.unwrap_or_else(|| tokens_of(&request.prompt.to_text()));
+        let output_tokens = counts.output_tokens.unwrap_or_else(|| tokens_of(text));
         let price = self.options.price;
-        let cost = price.map(|price| price.of(input_tokens, output_tokens)).or(answer.cost);
-        let usage =
-            ModelUsage { model: self.model.clone(), calls: 1, input_tokens, output_tokens, cost };
-        LmCompletion {
-            model: request.model.as_ref().unwrap_or(&self.model).clone(),
-            response: answer.text,
-            usage: vec![usage],
-            execution_time,
-            ..LmCompletion::default()
-        }
+        let cost = price.map(|price| price.of(input_tokens, output_tokens)).or(counts.cost);
+        ModelUsage { model: self.model.clone(), calls: 1, input_tokens, output_tokens, cost }
     }
 
     /// One call: `body` words the prompt, `wanted` reads the answer.
@@ -190,13 +201,13 @@ impl Upstream {
         &self,
         request: &LmRequest,
         body: Result<Vec<u8>, String>,
-        wanted: impl FnOnce(T) -> Result<Answer, String> + Send,
+        wanted: impl FnOnce(T) -> Answer + Send,
     ) -> Result<LmCompletion, LmError> {
         let start = Instant::now();
         let body = body.map_err(|reason| self.error(reason))?;
         let bytes = self.post(body).await?;
-        let answer = self.read(bytes, wanted)?;
-        Ok(self.completion(request, answer, start.elapsed()))
+        let completion = self.read(request, bytes, wanted)?;
+        Ok(LmCompletion { execution_time: start.elapsed(), ..completion })
     }
 }
 
@@ -214,28 +225,6 @@ fn is_failure(bytes: &[u8]) -> bool {
     let json: Option<Json> =
         (bytes.len() <= FAILURE_BYTES_MAX).then(|| serde_json::from_slice(bytes).ok()).flatten();
     json.is_some_and(|json| json.get("error").is_some_and(|error| !error.is_null()))
-}
-
-/// The messages of a chat: an object or a list of them, each with a role.
-fn messages(chat: &Json) -> Result<&[Json], String> {
-    let list = match chat {
-        Json::Array(list) => list.as_slice(),
-        one => std::slice::from_ref(one),
-    };
-    if list.is_empty() {
-        return Err("the prompt is an empty list; it must have at least one message".into());
-    }
-    for (i, message) in list.iter().enumerate() {
-        let role = message.get("role").and_then(Json::as_str);
-        if role.is_none() || message.get("content").is_none() {
-            return Err(format!(
-                "the prompt is neither a text nor a chat: item {} must be an object such as \
-                 {{\"role\": \"user\", \"content\": \"…\"}}",
-                i + 1
-            ));
-        }
-    }
-    Ok(list)
 }
 
 /// The message that a plain text is.

@@ -86,6 +86,8 @@ pub(crate) enum Reply {
     Raw(u16, Vec<(&'static str, String)>, String),
     /// Nothing, ever.
     Hang,
+    /// This status and these headers, and then never the body.
+    HangingBody(u16, Vec<(&'static str, String)>),
     /// The connection is reset.
     Reset,
     /// Half of an answer, then the connection closes.
@@ -360,6 +362,9 @@ async fn respond(
         Reply::Raw(status, headers, body) => whole(status, &headers, body, guard),
         Reply::Redirect(to) => whole(307, &[(LOCATION.as_str(), to)], String::new(), guard),
         Reply::Hang => std::future::pending().await,
+        Reply::HangingBody(status, headers) => {
+            response(status, &headers, Some(100), Source::Never, guard)
+        }
         Reply::Reset => {
             guard.done = true;
             drop(guard);
@@ -478,6 +483,7 @@ struct ChatBody {
 
 enum Source {
     Whole(Option<Bytes>),
+    Never,
     Half(Option<Bytes>, Pin<Box<Sleep>>),
     Huge { chunk: Bytes, left: u64 },
     Drip { bytes: Bytes, every: Duration, sleep: Pin<Box<Sleep>> },
@@ -494,6 +500,7 @@ impl Body for ChatBody {
         let this = &mut *self;
         let (next, is_last) = match &mut this.source {
             Source::Whole(bytes) => (bytes.take().filter(|bytes| !bytes.is_empty()), true),
+            Source::Never => return Poll::Pending,
             Source::Half(half, sleep) => match half.take() {
                 Some(half) => (Some(half), false),
                 None if sleep.as_mut().poll(context).is_pending() => return Poll::Pending,

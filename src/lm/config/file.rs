@@ -69,10 +69,13 @@ struct HttpToml {
     output_price: Option<f64>,
     max_output_tokens: Option<u32>,
     timeout_s: Option<f64>,
+    try_timeout_s: Option<f64>,
     connect_timeout_s: Option<f64>,
     retries: Option<u32>,
     concurrency: Option<usize>,
     max_answer_bytes: Option<usize>,
+    #[serde(default)]
+    remote_parts: bool,
     #[serde(default)]
     parameters: Map<String, Json>,
 }
@@ -131,12 +134,14 @@ impl HttpToml {
         let options = UpstreamOptions {
             base_url: self.base_url,
             timeout: seconds("timeout_s", self.timeout_s, standard.timeout)?,
+            try_timeout: seconds("try_timeout_s", self.try_timeout_s, standard.try_timeout)?,
             connect_timeout: seconds("connect_timeout_s", self.connect_timeout_s, connect_timeout)?,
             answer_bytes_max: self.max_answer_bytes.unwrap_or(standard.answer_bytes_max),
             concurrency: self.concurrency.unwrap_or(standard.concurrency),
             retries,
             price,
             output_tokens_max: self.max_output_tokens,
+            remote_parts: self.remote_parts,
             parameters: self.parameters,
             ..standard
         };
@@ -152,6 +157,7 @@ impl HttpToml {
 fn key_of(field: &str) -> &str {
     match field {
         "timeout" => "timeout_s",
+        "try_timeout" => "try_timeout_s",
         "connect_timeout" => "connect_timeout_s",
         "output_tokens_max" => "max_output_tokens",
         "price" => "input_price",

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value as Json, json};
+use serde_json::{Map, Value as Json};
 
-use super::reply::{Count, Text};
-use super::{Answer, Upstream, UpstreamOptions, messages};
+use super::chat::{messages, of_message, quoted};
+use super::reply::{Loose, Number, Text};
+use super::{Answer, Counts, Upstream, UpstreamOptions};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -73,11 +74,11 @@ impl AnthropicHandler {
     }
 
     fn body(&self, prompt: &Prompt) -> Result<Vec<u8>, String> {
+        let options = &self.upstream.options;
         let chat = match prompt {
             Prompt::Text(text) => ChatJson::of_text(text),
-            Prompt::Messages(chat) => ChatJson::of_messages(messages(chat)?)?,
+            Prompt::Messages(chat) => ChatJson::of_messages(messages(chat, options.remote_parts)?)?,
         };
-        let options = &self.upstream.options;
         let mut more = Map::new();
         let most = options.output_tokens_max.unwrap_or(OUTPUT_TOKENS_MAX);
         more.insert("max_tokens".into(), most.into());
@@ -142,9 +143,8 @@ impl<'a> ChatJson<'a> {
     fn of_messages(list: &'a [Json]) -> Result<Self, String> {
         let mut chat = Self { system: String::new(), messages: Vec::new() };
         for (i, message) in list.iter().enumerate() {
-            let parts = parts(&message["content"]).ok_or_else(|| {
-                format!("message {} of the prompt: its content is neither a text nor a list", i + 1)
-            })?;
+            let parts = parts(&message["content"])
+                .ok_or_else(|| of_message(i, "its content is neither a text nor a list"))?;
             match message["role"].as_str().unwrap_or_default() {
                 "system" | "developer" => chat.add_system(&parts, i)?,
                 role @ ("user" | "assistant") => match chat.messages.last_mut() {
@@ -152,12 +152,10 @@ impl<'a> ChatJson<'a> {
                     _ => chat.messages.push(MessageJson { role, content: parts }),
                 },
                 role => {
-                    return Err(format!(
-                        "message {} of the prompt: role {} is not known here; use system, user or \
-                         assistant",
-                        i + 1,
-                        json!(role)
-                    ));
+                    let role = quoted(role);
+                    let reason =
+                        format!("role {role} is not known here; use system, user or assistant");
+                    return Err(of_message(i, &reason));
                 }
             }
         }
@@ -173,9 +171,7 @@ impl<'a> ChatJson<'a> {
                 PartJson::Text { text, .. } => Some(*text),
                 PartJson::Other(json) => json["text"].as_str(),
             };
-            let text = text.ok_or_else(|| {
-                format!("message {} of the prompt: a system message can have only text", i + 1)
-            })?;
+            let text = text.ok_or_else(|| of_message(i, "a system message can have only text"))?;
             if !self.system.is_empty() {
                 self.system.push_str("\n\n");
             }
@@ -198,33 +194,36 @@ struct ReplyJson {
     content: Option<Text>,
     stop_reason: Option<String>,
     #[serde(default)]
-    usage: Option<UsageJson>,
+    usage: Loose<UsageJson>,
 }
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct UsageJson {
-    input_tokens: Count,
-    cache_creation_input_tokens: Count,
-    cache_read_input_tokens: Count,
-    output_tokens: Count,
+    input_tokens: Number,
+    cache_creation_input_tokens: Number,
+    cache_read_input_tokens: Number,
+    output_tokens: Number,
 }
 
 impl ReplyJson {
-    fn answer(self) -> Result<Answer, String> {
-        let content = self.content.ok_or("the answer has no content")?;
-        let text = content.0.unwrap_or_default();
-        if text.is_empty() && self.stop_reason.as_deref() == Some("refusal") {
-            return Err("the model refused to answer".into());
-        }
-        let usage = self.usage.unwrap_or_default();
-        let cached = [usage.cache_creation_input_tokens, usage.cache_read_input_tokens];
-        let cached = cached.iter().filter_map(|count| count.get()).fold(0, u64::saturating_add);
-        Ok(Answer {
-            text,
-            input_tokens: usage.input_tokens.get().map(|input| input.saturating_add(cached)),
-            output_tokens: usage.output_tokens.get(),
+    fn answer(self) -> Answer {
+        let usage = self.usage.object().unwrap_or_default();
+        let cached = [&usage.cache_creation_input_tokens, &usage.cache_read_input_tokens];
+        let cached = cached.iter().filter_map(|count| count.count()).fold(0, u64::saturating_add);
+        let counts = Counts {
+            input_tokens: usage.input_tokens.count().map(|input| input.saturating_add(cached)),
+            output_tokens: usage.output_tokens.count(),
             cost: None,
-        })
+        };
+        let is_refused = self.stop_reason.as_deref() == Some("refusal");
+        let text = match self.content {
+            None => Err("the answer has no content".to_owned()),
+            Some(Text(text)) => match text.unwrap_or_default() {
+                text if text.is_empty() && is_refused => Err("the model refused to answer".into()),
+                text => Ok(text),
+            },
+        };
+        Answer { text, counts }
     }
 }

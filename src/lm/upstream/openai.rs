@@ -4,8 +4,9 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json};
 
-use super::reply::{Count, First, Text};
-use super::{Answer, Upstream, UpstreamOptions, UserText, messages};
+use super::chat::messages;
+use super::reply::{First, Loose, Number, Text};
+use super::{Answer, Counts, Upstream, UpstreamOptions, UserText};
 use crate::error::Result;
 use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt, Secret};
 
@@ -14,11 +15,13 @@ const BASE_URL: &str = "https://api.openai.com/v1";
 /// Answers by a model behind OpenAI's chat completions, which most servers of models speak: it posts to
 /// `{base_url}/chat/completions`.
 ///
-/// A text is sent as one message of a user; a chat as it is. What is asked is always the model that the
+/// A text is sent as one message of a user; a chat as it is, if all in it is a text or an image given
+/// inline (see [`UpstreamOptions::remote_parts`]). What is asked is always the model that the
 /// handler was made for; a name that the guest gives is only repeated in the
 /// [completion](LmCompletion::model) (to choose by name there is [`ModelRouter`](crate::lm::ModelRouter)).
 /// Usage is booked under the handler's name for the model: the server's count of tokens, or where it
-/// gives none one per four characters.
+/// gives none one per four characters. An answer without text, such as a refusal, is an error that has
+/// its usage, for it is paid for too.
 ///
 /// Errors are short and begin with the model's name; none has the key in it. See [`UpstreamOptions`]
 /// for the limits and [`Retries`](super::Retries) for what is tried again. Redirects aren't followed. A
@@ -83,11 +86,11 @@ impl OpenAiHandler {
     }
 
     fn body(&self, prompt: &Prompt) -> Result<Vec<u8>, String> {
+        let options = &self.upstream.options;
         let messages = match prompt {
             Prompt::Text(text) => MessagesJson::Text([UserText::new(text)]),
-            Prompt::Messages(chat) => MessagesJson::Chat(messages(chat)?),
+            Prompt::Messages(chat) => MessagesJson::Chat(messages(chat, options.remote_parts)?),
         };
-        let options = &self.upstream.options;
         let mut more = Map::new();
         if let Some(most) = options.output_tokens_max {
             more.insert(self.limit_name.into(), most.into());
@@ -128,7 +131,7 @@ enum MessagesJson<'a> {
 struct ReplyJson {
     #[serde(default)]
     choices: First<ChoiceJson>,
-    usage: Option<UsageJson>,
+    usage: Option<Loose<UsageJson>>,
 }
 
 #[derive(Deserialize)]
@@ -147,29 +150,31 @@ struct MessageJson {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct UsageJson {
-    prompt_tokens: Count,
-    completion_tokens: Count,
+    prompt_tokens: Number,
+    completion_tokens: Number,
     /// In US dollars; some routers of models say it.
-    cost: Option<f64>,
+    cost: Number,
 }
 
 impl ReplyJson {
-    fn answer(self) -> Result<Answer, String> {
-        let choice = self.choices.0.ok_or("the answer has no choices")?;
-        let message = choice.message.ok_or("the answer's choice has no message")?;
-        let Some(text) = message.content.0 else {
-            return Err(match (message.refusal, choice.finish_reason) {
-                (Some(refusal), _) => format!("the model refused: {refusal}"),
-                (None, Some(why)) => format!("the answer has no text (finish_reason {why})"),
-                (None, None) => "the answer has no text".into(),
-            });
+    fn answer(self) -> Answer {
+        let usage = self.usage.and_then(Loose::object).unwrap_or_default();
+        let counts = Counts {
+            input_tokens: usage.prompt_tokens.count(),
+            output_tokens: usage.completion_tokens.count(),
+            cost: usage.cost.number().filter(|cost| *cost >= 0.0),
         };
-        let usage = self.usage.unwrap_or_default();
-        Ok(Answer {
-            text,
-            input_tokens: usage.prompt_tokens.get(),
-            output_tokens: usage.completion_tokens.get(),
-            cost: usage.cost.filter(|cost| cost.is_finite() && *cost >= 0.0),
-        })
+        Answer { text: text(self.choices.0), counts }
     }
+}
+
+/// The text of an answer, or why it has none.
+fn text(choice: Option<ChoiceJson>) -> Result<String, String> {
+    let choice = choice.ok_or("the answer has no choices")?;
+    let message = choice.message.ok_or("the answer's choice has no message")?;
+    message.content.0.ok_or_else(|| match (message.refusal, choice.finish_reason) {
+        (Some(refusal), _) => format!("the model refused: {refusal}"),
+        (None, Some(why)) => format!("the answer has no text (finish_reason {why})"),
+        (None, None) => "the answer has no text".into(),
+    })
 }

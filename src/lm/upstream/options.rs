@@ -70,7 +70,8 @@ impl Price {
 /// When a call that failed is tried again.
 ///
 /// That is done after the statuses 408, 409, 429 and 5xx (unless the server's header `x-should-retry`
-/// says otherwise), when there is no connection, and when one ends before the answer is there. The
+/// says otherwise), when there is no connection, when one ends before the answer is there, and when a
+/// try takes longer than [`UpstreamOptions::try_timeout`]. The
 /// waits double from `base` to `cap`, each shortened by chance by up to a half, so that calls which
 /// failed together don't come back together. A server's `Retry-After` is added to the wait.
 ///
@@ -114,12 +115,30 @@ impl Default for Retries {
 }
 
 /// A proxy that requests go through.
+///
+/// ```
+/// use kaa::lm::{HttpProxy, OpenAiHandler, Secret, UpstreamOptions};
+///
+/// let proxy = HttpProxy {
+///     url: Secret::new("socks5://proxy:1080"),
+///     source: "http_proxy".into(),
+///     except: "localhost,127.0.0.0/8".into(),
+/// };
+/// let to = |base_url: &str| {
+///     let (base_url, proxy) = (Some(base_url.to_owned()), Some(proxy.clone()));
+///     OpenAiHandler::new("m", UpstreamOptions { base_url, proxy, ..Default::default() })
+/// };
+/// assert!(to("http://localhost:8000/v1").is_ok());
+/// assert!(to("http://far.example/v1").unwrap_err().to_string().starts_with("http_proxy: only http"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HttpProxy {
     /// Its address, such as `http://proxy:3128`; may hold a user and a password.
     pub url: Secret,
+    /// Where the address was named, such as `http_proxy`: errors say so. Empty: nothing.
+    pub source: String,
     /// Hosts that are reached without it, separated by commas: names with all below them, addresses,
-    /// networks such as `10.0.0.0/8`, or `*`.
+    /// networks such as `10.0.0.0/8`, or `*`. For these the address isn't even looked at.
     pub except: String,
 }
 
@@ -131,11 +150,13 @@ pub struct HttpProxy {
 /// | `key` | none is sent |
 /// | `connect_timeout` | 10 s for a connection, with TLS |
 /// | `timeout` | 300 s for a call, with all waits and tries |
+/// | `try_timeout` | 120 s for one try; then there is another, while `timeout` allows it |
 /// | `answer_bytes_max` | 16 MiB for an answer, checked while it arrives |
 /// | `concurrency` | 256 calls under way at once; others wait their turn |
 /// | `retries` | [`Retries::default`] |
 /// | `price` | unknown: no cost is booked, unless the server names one |
 /// | `output_tokens_max` | the server's; 8192 for Anthropic, which has none |
+/// | `remote_parts` | false: a chat can have only texts and images given inline |
 /// | `parameters`, `headers`, `proxy` | none |
 ///
 /// ```
@@ -165,6 +186,10 @@ pub struct UpstreamOptions {
     pub connect_timeout: Duration,
     /// How long a call may take, with waiting for its turn and all tries.
     pub timeout: Duration,
+    /// How long one try may take, from its connection to the end of its answer. One that takes longer is
+    /// given up and counts as a fault, so that a server which hangs is asked again; it may charge for
+    /// both. Models that think for minutes need more, and a longer `timeout`.
+    pub try_timeout: Duration,
     /// Bytes of an answer; a longer one is an error.
     pub answer_bytes_max: usize,
     /// Calls under way at once, counted until their answer is there, with the waits between tries.
@@ -175,6 +200,14 @@ pub struct UpstreamOptions {
     pub price: Option<Price>,
     /// Tokens of an answer: `max_completion_tokens` for OpenAI itself, `max_tokens` for all others.
     pub output_tokens_max: Option<u32>,
+    /// Whether a chat may have parts that the server fetches or looks up, such as an image by its URL.
+    ///
+    /// A guest builds its chats: with this it can send what it knows to any address, as a part of a
+    /// URL, and reach addresses of the network that a server of one's own runs in. So a chat can
+    /// otherwise only have texts and images given inline (`image_url` with a `data:` URL, Anthropic's
+    /// `image` in base64), and of a message's other keys `name`, `tool_calls`, `tool_call_id` and
+    /// `refusal`; all else is an error of the call. With this, all parts and keys are passed on.
+    pub remote_parts: bool,
     /// What else is said in each request, such as `temperature`.
     pub parameters: Map<String, Json>,
     /// More headers of each request; their values may be secrets.
@@ -191,11 +224,13 @@ impl Default for UpstreamOptions {
             key_hint: String::new(),
             connect_timeout: Duration::from_secs(10),
             timeout: Duration::from_secs(300),
+            try_timeout: Duration::from_secs(120),
             answer_bytes_max: 16 << 20,
             concurrency: 256,
             retries: Retries::default(),
             price: None,
             output_tokens_max: None,
+            remote_parts: false,
             parameters: Map::new(),
             headers: Vec::new(),
             proxy: None,
@@ -212,6 +247,7 @@ impl UpstreamOptions {
             _ => Ok(()),
         };
         within("timeout", self.timeout)?;
+        within("try_timeout", self.try_timeout)?;
         within("connect_timeout", self.connect_timeout)?;
         if !(1..=CONCURRENCY_MAX).contains(&self.concurrency) {
             let reason = format!("it must be between 1 and {CONCURRENCY_MAX}");

@@ -4,7 +4,8 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, IgnoredAny, SeqAccess, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 /// The first of a list; the rest is read over.
 pub(super) struct First<T>(pub(super) Option<T>);
@@ -88,14 +89,83 @@ struct Part {
     text: Option<String>,
 }
 
-/// A number of tokens, or null; some servers write a float.
-#[derive(Default, Clone, Copy, Deserialize)]
-#[serde(transparent)]
-pub(super) struct Count(Option<f64>);
+/// A number; whatever else a server puts in its place counts as absent.
+pub(super) type Number = Loose<IgnoredAny>;
 
-impl Count {
-    pub(super) fn get(self) -> Option<u64> {
+/// A number or an object, if it is one; anything else is read over, and no error.
+#[derive(Default)]
+pub(super) enum Loose<T> {
+    Number(f64),
+    Object(T),
+    #[default]
+    Other,
+}
+
+impl<T> Loose<T> {
+    pub(super) fn number(&self) -> Option<f64> {
+        match self {
+            Self::Number(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// The number as one of tokens; some servers write a float.
+    pub(super) fn count(&self) -> Option<u64> {
         // The cast ends at both ends of the range and makes zero of what is no number.
-        self.0.map(|count| count as u64)
+        self.number().map(|count| count as u64)
+    }
+
+    pub(super) fn object(self) -> Option<T> {
+        match self {
+            Self::Object(object) => Some(object),
+            _ => None,
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Loose<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct LooseVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for LooseVisitor<T> {
+            type Value = Loose<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("anything")
+            }
+
+            fn visit_unit<E: Error>(self) -> Result<Loose<T>, E> {
+                Ok(Loose::Other)
+            }
+
+            fn visit_bool<E: Error>(self, _: bool) -> Result<Loose<T>, E> {
+                Ok(Loose::Other)
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<Loose<T>, E> {
+                Ok(Loose::Other)
+            }
+
+            fn visit_u64<E: Error>(self, number: u64) -> Result<Loose<T>, E> {
+                Ok(Loose::Number(number as f64))
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<Loose<T>, E> {
+                Ok(Loose::Number(number as f64))
+            }
+
+            fn visit_f64<E: Error>(self, number: f64) -> Result<Loose<T>, E> {
+                Ok(Loose::Number(number))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Loose<T>, A::Error> {
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Loose::Other)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Loose<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Loose::Object)
+            }
+        }
+        deserializer.deserialize_any(LooseVisitor(PhantomData))
     }
 }

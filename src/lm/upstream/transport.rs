@@ -6,17 +6,20 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
-use reqwest::{Client, NoProxy, Proxy, Request, Response, StatusCode, Url};
+use reqwest::{Client, Request, Response, StatusCode, Url};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_platform_verifier::Verifier;
 use serde_json::Value as Json;
+use tokio::time::{Instant, timeout_at};
 
-use super::options::{HttpProxy, Secret, UpstreamOptions};
+use super::options::{Secret, UpstreamOptions};
 use super::retry;
 use crate::error::{Error, Result};
 
 /// Bytes of an error's body that are looked at.
 const ERROR_BYTES_MAX: usize = 64 << 10;
+/// How long the body of an error is waited for: its status and headers say what to do.
+const ERROR_TIME: Duration = Duration::from_secs(3);
 /// Characters of what a server says that go into a message.
 const SAID_CHARS_MAX: usize = 500;
 /// What is shorter is no key, and would be found in any text.
@@ -40,7 +43,7 @@ impl Fault {
         Self { reason: reason.into(), again: false, after: None, limited: false }
     }
 
-    fn passing(reason: impl Into<String>) -> Self {
+    pub(super) fn passing(reason: impl Into<String>) -> Self {
         Self { again: true, ..Self::last(reason) }
     }
 }
@@ -50,6 +53,8 @@ impl Fault {
 pub(super) struct Transport {
     client: Client,
     url: Url,
+    /// What connections are made to, as errors name it: the server or a proxy.
+    contact: String,
     headers: HeaderMap,
     connect_timeout: Duration,
     answer_bytes_max: usize,
@@ -75,11 +80,10 @@ impl Transport {
             let (name, value) = header(name, value)?;
             map.insert(name, value);
         }
-        let proxy = options.proxy.as_ref().map(proxy).transpose()?;
-        let proxy_is_secret = options.proxy.as_ref().is_some_and(|proxy| {
-            proxy.url.expose().get(..6).is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
-        });
-        let tls = tls(url.scheme() == "https" || proxy_is_secret)?;
+        let way = options.proxy.as_ref().map(|proxy| proxy.way_to(&url)).transpose()?.flatten();
+        let proxy_is_secure = way.as_ref().is_some_and(|way| way.is_secure);
+        let tls = tls(url.scheme() == "https" || proxy_is_secure)?;
+        let contact = way.as_ref().map_or(url.authority(), |way| &way.name).to_owned();
         let mut client = Client::builder()
             .user_agent(concat!("kaa/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
@@ -90,8 +94,8 @@ impl Transport {
             // Otherwise the variables of the environment would name one.
             .no_proxy()
             .tls_backend_preconfigured(tls);
-        if let Some(proxy) = proxy {
-            client = client.proxy(proxy);
+        if let Some(way) = way {
+            client = client.proxy(way.proxy);
         }
         let client = client
             .build()
@@ -99,6 +103,7 @@ impl Transport {
         Ok(Self {
             client,
             url,
+            contact,
             headers: map,
             connect_timeout: options.connect_timeout,
             answer_bytes_max: options.answer_bytes_max,
@@ -141,17 +146,25 @@ impl Transport {
         request
     }
 
-    /// Sends a request and reads its answer. Dropping the future closes the connection.
-    pub(super) async fn send(&self, request: Request) -> Result<Vec<u8>, Fault> {
-        let response = self.client.execute(request).await.map_err(|e| self.unsent(&e))?;
+    /// Sends a request and reads its answer; `None` if neither an answer nor a fault is there by
+    /// `until`. Dropping the future closes the connection.
+    pub(super) async fn send(
+        &self,
+        request: Request,
+        until: Instant,
+    ) -> Option<Result<Vec<u8>, Fault>> {
+        let response = match timeout_at(until, self.client.execute(request)).await.ok()? {
+            Ok(response) => response,
+            Err(error) => return Some(Err(self.unsent(&error))),
+        };
         let status = response.status();
         if status.is_success() {
-            return self.read_answer(response).await;
+            return timeout_at(until, self.read_answer(response)).await.ok();
         }
-        if status.is_redirection() {
-            return Err(self.redirected(&response));
-        }
-        Err(self.refused(response).await)
+        Some(Err(match status.is_redirection() {
+            true => self.redirected(&response),
+            false => self.refused(response, until).await,
+        }))
     }
 
     async fn read_answer(&self, mut response: Response) -> Result<Vec<u8>, Fault> {
@@ -172,8 +185,9 @@ impl Transport {
         Ok(answer)
     }
 
-    /// The server answered, but not with an answer.
-    async fn refused(&self, mut response: Response) -> Fault {
+    /// The server answered, but not with an answer. What it says of that is waited for until then at
+    /// most, and not for long.
+    async fn refused(&self, mut response: Response, until: Instant) -> Fault {
         let status = response.status();
         let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
         let after = retry::retry_after(header, SystemTime::now());
@@ -183,8 +197,9 @@ impl Transport {
             _ => None,
         };
         let mut body = Vec::new();
+        let until = until.min(Instant::now() + ERROR_TIME);
         // What can't be read isn't needed: the status says enough.
-        while let Ok(Some(chunk)) = response.chunk().await {
+        while let Ok(Ok(Some(chunk))) = timeout_at(until, response.chunk()).await {
             let room = ERROR_BYTES_MAX - body.len();
             body.extend_from_slice(&chunk[..chunk.len().min(room)]);
             if body.len() == ERROR_BYTES_MAX {
@@ -229,8 +244,10 @@ impl Transport {
 
     /// No head of an answer came.
     fn unsent(&self, error: &reqwest::Error) -> Fault {
-        let host = self.url.authority();
+        let Self { contact, .. } = self;
         if let Some(tls) = cause::<rustls::Error>(error) {
+            // Certificates are those of the server, whatever is in between.
+            let host = self.url.authority();
             let reason = format!("no secure connection to {host}: {}", plain(&tls.to_string()));
             return Fault::last(reason);
         }
@@ -238,7 +255,7 @@ impl Transport {
             let reason = match cause::<io::Error>(error) {
                 _ if error.is_dns() => {
                     return Fault::passing(format!(
-                        "no address of {host} was found; is the name right?"
+                        "no address of {contact} was found; is the name right?"
                     ));
                 }
                 _ if error.is_timeout() => format!("not within {:?}", self.connect_timeout),
@@ -248,13 +265,13 @@ impl Transport {
                 Some(io) => plain(&io.to_string()),
                 None => plain(&root(error).to_string()),
             };
-            return Fault::passing(format!("no connection to {host}: {reason}"));
+            return Fault::passing(format!("no connection to {contact}: {reason}"));
         }
         match cause::<io::Error>(error) {
-            Some(io) if is_reset(io) => Fault::passing(format!("{host} reset the connection")),
-            Some(io) => Fault::passing(format!("{host}: {}", plain(&io.to_string()))),
+            Some(io) if is_reset(io) => Fault::passing(format!("{contact} reset the connection")),
+            Some(io) => Fault::passing(format!("{contact}: {}", plain(&io.to_string()))),
             None => Fault::passing(format!(
-                "{host} ended the connection without an answer: {}",
+                "{contact} ended the connection without an answer: {}",
                 plain(&root(error).to_string())
             )),
         }
@@ -307,17 +324,6 @@ fn header(name: &str, value: &Secret) -> Result<(HeaderName, HeaderValue)> {
     };
     value.set_sensitive(true);
     Ok((header, value))
-}
-
-fn proxy(proxy: &HttpProxy) -> Result<Proxy> {
-    let url = proxy.url.expose();
-    let scheme = url.split_once("://").map_or("http", |(scheme, _)| scheme);
-    if !["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) {
-        return Err(Error::invalid("proxy", "only http:// and https:// proxies are supported"));
-    }
-    // The message of the parser would quote the address, and with it a password.
-    let refuse = |_| Error::invalid("proxy", "it is no address; write it as http://HOST:PORT");
-    Ok(Proxy::all(url).map_err(refuse)?.no_proxy(NoProxy::from_string(&proxy.except)))
 }
 
 /// TLS with the certificates that the system trusts. A machine without any can still use plain HTTP.
