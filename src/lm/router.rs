@@ -131,6 +131,14 @@ impl LmHandler for ModelRouter {
         self.models[name].model_name(depth).or(Some(name))
     }
 
+    fn expected_cost(&self, request: &LmRequest) -> Option<f64> {
+        self.models[self.target(request)].expected_cost(request)
+    }
+
+    fn batches(&self, kind: LmKind) -> bool {
+        self.models.values().any(|model| model.batches(kind))
+    }
+
     fn nests(&self, kind: LmKind) -> bool {
         self.models.values().any(|model| model.nests(kind))
     }

@@ -24,9 +24,9 @@ pub use self::anthropic::AnthropicHandler;
 pub use self::openai::OpenAiHandler;
 pub use self::options::{HttpProxy, Price, Retries, Secret, UpstreamOptions};
 use self::transport::{Fault, Transport};
-use super::tokens_of;
 use super::wire::replace_lone_surrogates;
 use super::{LmCompletion, LmError, LmRequest, ModelUsage};
+use super::{estimated_tokens, tokens_of};
 use crate::error::{Error, Result};
 
 /// What both handlers are: a model at a server, and the calls of it that are under way.
@@ -37,6 +37,9 @@ struct Upstream {
     transport: Transport,
     turns: Semaphore,
 }
+
+/// What an answer may be as long as, before there was one.
+const ANSWER_TOKENS_EXPECTED: u64 = 1_000;
 
 /// What a server said to a prompt.
 struct Answer {
@@ -72,6 +75,12 @@ impl Upstream {
         let transport = Transport::new(&options, base_url, path, headers)?;
         let turns = Semaphore::new(options.concurrency);
         Ok(Self { model, options, transport, turns })
+    }
+
+    /// What a prompt is likely to cost, where the price is known.
+    fn expected_cost(&self, request: &LmRequest) -> Option<f64> {
+        let tokens = estimated_tokens(request.prompt.bytes());
+        self.options.price.map(|price| price.of(tokens, ANSWER_TOKENS_EXPECTED))
     }
 
     pub(super) fn model(&self) -> &str {

@@ -107,6 +107,10 @@ impl LmHandler for OpenAiHandler {
         Some(self.upstream.model())
     }
 
+    fn expected_cost(&self, request: &LmRequest) -> Option<f64> {
+        self.upstream.expected_cost(request)
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         self.upstream.complete(request, self.body(&request.prompt), ReplyJson::answer).await
     }
