@@ -112,7 +112,7 @@ fn unit_at(json: &[u8], at: usize) -> Option<u16> {
 ///
 /// A value takes a few bytes of text and up to hundreds of memory, so their number has to be
 /// bounded before they are made.
-pub(super) fn values_at_most(json: &[u8]) -> usize {
+pub(in crate::lm) fn values_at_most(json: &[u8]) -> usize {
     let (mut values, mut in_string, mut escaped) = (1, false, false);
     for byte in json {
         match byte {
