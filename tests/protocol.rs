@@ -228,7 +228,7 @@ async fn faults_of_a_single_call_become_errors() {
         (
             "claims 4 GiB",
             vec![Step::Write(b"\xff\xff\xff\xff{}".to_vec()), Step::Hang],
-            "Request failed: a frame of 4294967295 bytes exceeds the maximum of 67108864",
+            "Request failed: a frame of 4294967295 bytes exceeds the maximum of 134217756",
         ),
         ("empty payload", reply(""), unreadable),
         ("garbage", reply("{bad"), unreadable),

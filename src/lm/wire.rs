@@ -1,7 +1,15 @@
 //! RLM's wire types and their JSON, both ways.
 //!
-//! The order of the fields is the order on the wire: whoever compares bytes with RLM's finds none
-//! that differ.
+//! The order of the fields is the order on the wire, and texts and numbers are written as Python
+//! does. What a server sends differs from RLM's bytes in this alone:
+//!
+//! * A chat that a reply repeats has its keys sorted; RLM keeps their order, and repeated keys and
+//!   numbers of any size as Python reads them.
+//! * Usage stands under the model that answered, where RLM's takes the name that the request gave,
+//!   and in a batch each answer has its own, where RLM's has that of the last call in all of them.
+//!   An answer without text, null in RLM's, is empty.
+//! * Errors about text that is no JSON, or no request, have Kaa's words unless they are about its
+//!   first characters.
 
 mod json;
 
@@ -266,6 +274,19 @@ impl<'a> AnswerJson<'a> {
             error: Some(&error.message),
         }
     }
+}
+
+/// The length of an answer in a reply, without the prompt that it repeats. What isn't known before
+/// all others are there, such as its time, is left out.
+pub(super) fn answer_bytes(
+    model: Option<&str>,
+    result: &Result<LmCompletion, LmError>,
+) -> io::Result<usize> {
+    let prompt = Prompt::Text(String::new());
+    json::encoded_bytes(&match result {
+        Ok(completion) => AnswerJson::new(model, &prompt, completion, Duration::ZERO),
+        Err(error) => AnswerJson::failed(model.unwrap_or_default(), &prompt, error),
+    })
 }
 
 struct UsageOut(UsageSummary);

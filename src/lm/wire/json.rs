@@ -12,6 +12,27 @@ pub(super) fn encode(value: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The length of what [`encode`] makes, without making it.
+pub(super) fn encoded_bytes(value: &impl Serialize) -> io::Result<usize> {
+    let mut bytes = Counted(0);
+    value.serialize(&mut Serializer::with_formatter(&mut bytes, PythonFormatter))?;
+    Ok(bytes.0)
+}
+
+/// Counts what is written to it.
+struct Counted(usize);
+
+impl io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct PythonFormatter;
 
 impl Formatter for PythonFormatter {
