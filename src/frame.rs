@@ -3,7 +3,7 @@
 //! The maximum is checked before anything is allocated, and a clean end is told from a truncated
 //! frame. RLM's handler protocol and the agent's channel over pipes both use this form.
 
-use std::io;
+use std::io::{self, IoSlice};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -16,6 +16,21 @@ pub(crate) async fn read_frame(
     reader: &mut (impl AsyncRead + Unpin),
     bytes_max: usize,
 ) -> io::Result<Option<Vec<u8>>> {
+    match read_header(reader, bytes_max).await? {
+        Some(length) => read_payload(reader, length).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Reads the length of a frame, for who has to make room before the payload comes.
+///
+/// # Errors
+///
+/// As [`read_frame`].
+pub(crate) async fn read_header(
+    reader: &mut (impl AsyncRead + Unpin),
+    bytes_max: usize,
+) -> io::Result<Option<usize>> {
     let mut header = [0u8; 4];
     let mut filled = 0;
     while filled < header.len() {
@@ -30,16 +45,28 @@ pub(crate) async fn read_frame(
         let message = format!("a frame of {length} bytes exceeds the maximum of {bytes_max}");
         return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
+    Ok(Some(length))
+}
+
+/// Reads the payload that belongs to a header.
+///
+/// # Errors
+///
+/// `UnexpectedEof` if it ends before `length` bytes.
+pub(crate) async fn read_payload(
+    reader: &mut (impl AsyncRead + Unpin),
+    length: usize,
+) -> io::Result<Vec<u8>> {
     // Grow with what really arrives: the length alone must not make the host allocate.
     let mut payload = Vec::with_capacity(length.min(64 << 10));
     let read = reader.take(length as u64).read_to_end(&mut payload).await?;
     if read < length {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    Ok(Some(payload))
+    Ok(payload)
 }
 
-/// Writes one frame, header and payload in one write.
+/// Writes one frame; header and payload go to the system together, without a copy.
 ///
 /// RLM's server reads the header with a single `recv`, so that a split header would break it.
 ///
@@ -56,10 +83,15 @@ pub(crate) async fn write_frame(
             format!("a frame of {} bytes exceeds the maximum of {bytes_max}", payload.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
-    let mut bytes = Vec::with_capacity(4 + payload.len());
-    bytes.extend_from_slice(&(payload.len() as u32).to_be_bytes());
-    bytes.extend_from_slice(payload);
-    writer.write_all(&bytes).await?;
+    let header = (payload.len() as u32).to_be_bytes();
+    let mut parts = [IoSlice::new(&header), IoSlice::new(payload)];
+    let mut left = &mut parts[..];
+    while !left.is_empty() {
+        match writer.write_vectored(left).await? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            written => IoSlice::advance_slices(&mut left, written),
+        }
+    }
     writer.flush().await
 }
 
@@ -79,6 +111,18 @@ mod tests {
         assert_eq!(read(b"\0\0", 8).await, Err(io::ErrorKind::UnexpectedEof));
         assert_eq!(read(b"\0\0\0\x03hi", 8).await, Err(io::ErrorKind::UnexpectedEof));
         assert_eq!(read(b"\xff\xff\xff\xff", 8).await, Err(io::ErrorKind::InvalidData));
+    }
+
+    #[tokio::test]
+    async fn what_is_written_can_be_read() {
+        // The pipe takes a few bytes at a time, and first only the header.
+        for (payload, pipe_bytes) in [(&b""[..], 64), (b"hi", 64), (b"a longer one", 3)] {
+            let (mut near, mut far) = tokio::io::duplex(pipe_bytes);
+            let (written, read) =
+                tokio::join!(write_frame(&mut near, payload, 64), read_frame(&mut far, 64));
+            written.unwrap();
+            assert_eq!(read.unwrap().as_deref(), Some(payload));
+        }
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ const SCRIPT: &str = r#"{
         {"contains": "Turn 2/", "response": "```repl\nanswer['content'] = '|'.join(found)\nanswer['ready'] = True\n```"},
         {"regex": "Answer the following: spin", "response": "```repl\nprint('spinning')\nwhile True: pass\n```"},
         {"regex": "Answer the following: fail", "response": "```repl\n1/0\n```"},
-        {"regex": "Answer the following: silent", "error": "out of order"},
+        {"regex": "Answer the following: silent", "error": "out of order\nby a server"},
         {"contains": "Turn 1/", "response": "I look.\n```repl\nfound = llm_query_batched([line for line in context.split() if line])\nprint(len(found))\n```"}
     ],
     "default": {"response": "<${prompt}>"}
@@ -100,7 +100,7 @@ fn what_ends_a_run_is_in_the_exit_code_and_in_the_object() {
         ("spin", &["--max-timeout", "1s"], 124, "timeout", "kaa: Timeout exceeded: 1."),
         ("fail", &["--max-errors", "2"], 124, "errors", "kaa: Error threshold exceeded: 2 consec"),
         ("what?", &["--max-calls", "1"], 124, "calls", "kaa: LM call limit exceeded: 1 + 1 > 1"),
-        ("silent", &[], 125, "lm", "kaa: the model could not be asked: out of order"),
+        ("silent", &[], 125, "lm", r"kaa: the model could not be asked: out of order\nby a server"),
     ];
     for (question, args, code, kind, message) in cases {
         let output = scripted(here.path(), question, args);

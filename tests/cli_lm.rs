@@ -80,6 +80,52 @@ async fn the_program_serves_until_a_signal_and_says_what_it_cost() {
     }
 }
 
+#[tokio::test]
+async fn models_are_chosen_by_depth_as_rlm_does() {
+    let here = tempfile::tempdir().unwrap();
+    for name in ["big", "small"] {
+        let script = format!(r#"{{"default": {{"response": "from {name}"}}}}"#);
+        std::fs::write(here.path().join(name), script).unwrap();
+    }
+    let flags = ["--model", "script:big", "--sub-model", "script:small"];
+    let mut child = program(here.path(), &flags).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.trim_end().strip_prefix("listening on ").expect("the address");
+    let client = SocketHandler::new(address).unwrap();
+    for (depth, expected) in
+        [(-1, "from big"), (0, "from big"), (1, "from small"), (2, "from big"), (7, "from big")]
+    {
+        let answer = client.complete(&LmRequest { depth, ..request("a") }).await.unwrap();
+        assert_eq!(answer.response, expected, "{depth}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn the_calls_of_a_batch_that_was_late_are_in_the_sum() {
+    let here = tempfile::tempdir().unwrap();
+    let script = r#"{"rules": [{"contains": "slow", "response": "", "latency_ms": 3600000}],
+        "default": {"response": "fast"}}"#;
+    std::fs::write(here.path().join("slow"), script).unwrap();
+    let flags = ["--lm-script", "slow", "--timeout", "1s"];
+    let mut child = program(here.path(), &flags).spawn().unwrap();
+    let mut line = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    let address = line.trim_end().strip_prefix("listening on ").expect("the address");
+    let client = SocketHandler::new(address).unwrap();
+    let answers = client.complete_batch(&["slow", "a", "b"].map(request), 1).await;
+    let answered: Vec<_> = answers.iter().map(Result::is_ok).collect();
+    assert_eq!(answered, [false, true, true]);
+    kill_process(Pid::from_raw(child.id().try_into().unwrap()).unwrap(), Signal::TERM).unwrap();
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0), "{stderr}");
+    assert!(stderr.starts_with("kaa: answered: 2 calls, "), "{stderr}");
+}
+
 #[test]
 fn wrong_usage_is_named() {
     let here = tempfile::tempdir().unwrap();
@@ -91,6 +137,7 @@ fn wrong_usage_is_named() {
         (&["--listen", "nowhere"], "--listen: write HOST:PORT, for example 127.0.0.1:0"),
         (&["--max-connections", "0"], "--max-connections: it must be more than 0"),
         (&["--timeout", "0"], "it must be more than 0"),
+        (&["--reply-bytes", "0"], "--reply-bytes: it must be more than 0"),
         (&["--token-env", "KAA_TEST_UNSET"], "--token-env KAA_TEST_UNSET: it is not set here"),
         (&["--token-env", "KAA_TEST_SHORT"], "--token-env KAA_TEST_SHORT: it has 5 bytes; take 16"),
         (&["--token-file", "missing"], "--token-file: missing: No such file"),

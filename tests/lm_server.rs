@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, ModelUsage, Prompt};
-use kaa::lm::{LmServer, LmServerOptions, LmToken, ScriptedHandler, SocketHandler};
+use kaa::lm::{LmServer, LmServerOptions, LmToken, ModelRouter, ScriptedHandler, SocketHandler};
 use regex::Regex;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -30,12 +30,16 @@ struct Mock;
 
 #[async_trait]
 impl LmHandler for Mock {
+    fn model_name(&self, depth: i32) -> Option<&str> {
+        Some(if depth == 1 { "sub" } else { "mock" })
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let prompt = request.prompt.to_text();
         if prompt == "boom" {
             return Err(LmError::new("kaput"));
         }
-        let own = if request.depth == 1 { "sub" } else { "mock" };
+        let own = self.model_name(request.depth).unwrap();
         let model = request.model.clone().unwrap_or_else(|| own.into());
         let (calls, input_tokens, output_tokens) = (1, 2, 3);
         let name = model.clone();
@@ -177,9 +181,8 @@ fn timeless(reply: &str) -> String {
     time.replace_all(reply, r#""execution_time": TIME"#).into_owned()
 }
 
-#[tokio::test]
-async fn goldens_of_rlm() {
-    let server = serve(Mock).await;
+/// Requests and what RLM replies; `completion` makes the good one of this model and prompt.
+fn goldens(completion: impl Fn(&str, &str) -> String) -> Vec<(&'static str, String)> {
     let missing = error("Missing 'prompt' or 'prompts' in request.");
     let name = "Expecting property name enclosed in double quotes";
     let failed = concat!(
@@ -187,24 +190,30 @@ async fn goldens_of_rlm() {
         r#""usage_summary": {"model_usage_summaries": {}}, "execution_time": 0.0, "#,
         r#""error": "llm() call failed - kaput"}"#,
     );
-    for (payload, expected) in [
-        (r#"{"prompt":"hi","depth":0}"#, single(&completion("mock", "hi", "TIME"))),
-        (r#"{"prompt": "hi", "depth": 1}"#, single(&completion("sub", "hi", "TIME"))),
-        (r#"{"prompt":"hi","model":"nope","depth":2}"#, single(&completion("nope", "hi", "TIME"))),
-        (
-            r#"{"prompts":["a","boom"],"depth":1}"#,
-            batch(&[&completion("sub", "a", "TIME"), failed]),
-        ),
-        (r#"{"prompt":"a","prompts":["b"]}"#, batch(&[&completion("mock", "b", "TIME")])),
-        (r#"{"prompts":["boom"]}"#, batch(&[&failed.replace("\"sub\"", "\"\"")])),
+    vec![
+        (r#"{"prompt":"hi","depth":0}"#, single(&completion("mock", "hi"))),
+        (r#"{"prompt": "hi", "depth": 1}"#, single(&completion("sub", "hi"))),
+        (r#"{"prompt": "hi", "depth": 2}"#, single(&completion("mock", "hi"))),
+        (r#"{"prompt":"hi","model":"nope","depth":2}"#, single(&completion("nope", "hi"))),
+        (r#"{"prompts":["a","boom"],"depth":1}"#, batch(&[&completion("sub", "a"), failed])),
+        (r#"{"prompt":"a","prompts":["b"]}"#, batch(&[&completion("mock", "b")])),
+        (r#"{"prompts":["boom"]}"#, batch(&[&failed.replace("sub", "mock")])),
+        (r#"{"prompts":["boom"],"depth":1}"#, batch(&[failed])),
         (r#"{"prompt":"boom"}"#, error("kaput")),
         (r#"{"prompt":""}"#, missing.clone()),
         (r#"{"prompts":[]}"#, missing.clone()),
-        ("{}", missing.clone()),
+        ("{}", missing),
         ("[1]", error("Request must be a JSON object")),
         ("{bad", error(&format!("{name}: line 1 column 2 (char 1)"))),
         ("", error("Expecting value: line 1 column 1 (char 0)")),
-    ] {
+    ]
+}
+
+#[tokio::test]
+async fn goldens_of_rlm() {
+    let server = serve(Mock).await;
+    let missing = error("Missing 'prompt' or 'prompts' in request.");
+    for (payload, expected) in goldens(|model, prompt| completion(model, prompt, "TIME")) {
         assert_eq!(timeless(&server.ask(payload).await), expected, "{payload}");
     }
     // The time of a single call is the handler's, printed as Python does.
@@ -217,6 +226,38 @@ async fn goldens_of_rlm() {
     let mut silent = server.connect().await;
     silent.shutdown().await.unwrap();
     assert_eq!(reply(&mut silent).await, missing);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn goldens_of_rlm_hold_for_a_router_of_scripts() {
+    let script = |model: &str| {
+        let script = json!({
+            "model": model,
+            "rules": [{"contains": "boom", "error": "kaput"}],
+            "default": {"response": "\u{e9}:${prompt}"},
+        });
+        Arc::new(ScriptedHandler::from_json(&script.to_string()).unwrap())
+    };
+    let router = ModelRouter::builder()
+        .model("mock", script("mock"))
+        .model("sub", script("sub"))
+        .default_from_depth(1, "sub")
+        .build()
+        .unwrap();
+    let server = serve(router.with_depths_of_rlm()).await;
+    // Tokens are estimated, and a script takes no time.
+    let (tokens, estimated) = (
+        r#""total_input_tokens": 2, "total_output_tokens": 3"#,
+        r#""total_input_tokens": 1, "total_output_tokens": 1"#,
+    );
+    let goldens =
+        goldens(|model, prompt| completion(model, prompt, "TIME").replace(tokens, estimated));
+    for (payload, expected) in goldens {
+        let is_single = expected.starts_with(r#"{"chat_completion":"#);
+        let expected = if is_single { expected.replace("TIME", "0.0") } else { expected };
+        assert_eq!(timeless(&server.ask(payload).await), expected, "{payload}");
+    }
     server.stop().await;
 }
 
@@ -302,8 +343,10 @@ async fn what_a_handler_leaves_out_is_filled_in() {
     assert_eq!(reply, single(expected));
     let answer = server.client().complete(&request("a")).await.unwrap();
     assert_eq!(answer.metadata, Some(json!({"iterations": 2})));
-    let reply = server.ask(r#"{"prompts": ["a", "b"]}"#).await;
-    assert_eq!(reply, error("the handler gave 0 answers to 2 prompts"));
+    for answer in server.client().complete_batch(&[request("a"), request("b")], 1).await {
+        let message = answer.unwrap_err().message;
+        assert_eq!(message, "llm() call failed - the handler gave no answer");
+    }
     server.stop().await;
 }
 
@@ -375,10 +418,104 @@ async fn a_handler_that_takes_too_long_is_dropped() {
     let (handler, answer_timeout) = (Hanging::default(), Duration::from_millis(50));
     let options = LmServerOptions { answer_timeout, ..Default::default() };
     let server = serve_with(handler.clone(), options).await;
-    for payload in [r#"{"prompt": "a"}"#, r#"{"prompts": ["a", "b"]}"#] {
-        assert_eq!(server.ask(payload).await, error("Request timed out after 50ms"));
-        handler.reaches(0).await;
+    assert_eq!(server.ask(r#"{"prompt": "a"}"#).await, error("Request timed out after 50ms"));
+    handler.reaches(0).await;
+    for answer in server.client().complete_batch(&[request("a"), request("b")], 1).await {
+        let message = answer.unwrap_err().message;
+        assert_eq!(message, "llm() call failed - Request timed out after 50ms");
     }
+    handler.reaches(0).await;
+    server.stop().await;
+}
+
+/// Answers all but some prompts.
+struct Partly(Hanging);
+
+#[async_trait]
+impl LmHandler for Partly {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
+        match &*request.prompt.to_text() {
+            "hang" => self.0.complete(request).await,
+            _ => Mock.complete(request).await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_hangs_does_not_cost_the_answers_of_its_batch() {
+    let hanging = Hanging::default();
+    // Long enough for a busy machine: the others have to be answered within it.
+    let answer_timeout = Duration::from_secs(1);
+    let options = LmServerOptions { answer_timeout, batch_concurrency: 2, ..Default::default() };
+    let server = serve_with(Partly(hanging.clone()), options).await;
+    let prompts = ["hang", "a", "boom", "b"].map(request);
+    let answers = server.client().complete_batch(&prompts, 1).await;
+    let answers: Vec<_> = answers
+        .iter()
+        .map(|answer| answer.as_ref().map(|done| &*done.response).map_err(|e| &*e.message))
+        .collect();
+    let late = "llm() call failed - Request timed out after 1s";
+    let failed = "llm() call failed - kaput";
+    assert_eq!(answers, [Err(late), Ok("\u{e9}:a"), Err(failed), Ok("\u{e9}:b")]);
+    hanging.reaches(0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_has_no_room_in_a_reply_is_an_error_of_its_own() {
+    let lengths = ScriptedHandler::from_fn(|request| {
+        let text = request.prompt.to_text();
+        text.parse()
+            .map(|length| "\u{e9}".repeat(length))
+            .map_err(|_| LmError::new("?".repeat(300)))
+    });
+    // In JSON each of these characters takes six bytes, and what is around them less than 300.
+    let options = LmServerOptions { reply_bytes_max: 2000, ..Default::default() };
+    let server = serve_with(lengths, options).await;
+    let client = server.client();
+    // What a reply repeats doesn't count.
+    let fits = format!("{}100", "0".repeat(100_000));
+    assert_eq!(client.complete(&request(&fits)).await.unwrap().response.len(), 200);
+    let full = "bytes has no room: the answers in a reply have 2000 at most";
+    let refused = client.complete(&request("400")).await.unwrap_err().message;
+    assert!(refused.starts_with("the answer of 2") && refused.ends_with(full), "{refused}");
+    let requests = ["400", "1", "100", "no", "200", "2"].map(request);
+    let answers = client.complete_batch(&requests, 1).await;
+    let fitting: Vec<_> = answers.iter().map(Result::is_ok).collect();
+    assert_eq!(fitting, [false, true, true, false, false, true]);
+    let message = &answers[4].as_ref().unwrap_err().message;
+    assert!(message.starts_with("llm() call failed - the answer of 1"), "{message}");
+    assert!(message.ends_with(full), "{message}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn requests_wait_for_room() {
+    let (asked, big) = (frame(r#"{"prompt": "a"}"#), 1000);
+    let options =
+        LmServerOptions { request_bytes_max: big, arriving_bytes_max: big, ..Default::default() };
+    let handler = Hanging::default();
+    let server = serve_with(handler.clone(), options).await;
+    let mut unsent = server.connect().await;
+    unsent.write_all(&1000_u32.to_be_bytes()).await.unwrap();
+    // The header has arrived when the room is taken, which nobody tells.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        let mut stream = server.connect().await;
+        stream.write_all(&asked).await.unwrap();
+        streams.push(stream);
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(handler.0.load(Ordering::SeqCst), 0);
+    drop(unsent);
+    handler.reaches(3).await;
+    // What is read and waits for its answer takes no room.
+    let mut stream = server.connect().await;
+    let whole = format!(r#"{{"prompt": "{}"}}"#, "x".repeat(big - 14));
+    assert_eq!(whole.len(), big);
+    stream.write_all(&frame(&whole)).await.unwrap();
+    handler.reaches(4).await;
     server.stop().await;
 }
 
@@ -387,7 +524,7 @@ async fn a_client_that_does_not_read_loses_its_reply() {
     let send_timeout = Duration::from_millis(50);
     let options = LmServerOptions { send_timeout, connections_max: 1, ..Default::default() };
     let long = ScriptedHandler::from_fn(|request| match &*request.prompt.to_text() {
-        "long" => Ok("x".repeat(64 << 20)),
+        "long" => Ok("x".repeat(32 << 20)),
         _ => Ok("short".into()),
     });
     let server = serve_with(long, options).await;
@@ -398,7 +535,7 @@ async fn a_client_that_does_not_read_loses_its_reply() {
     assert_eq!(answer.unwrap().response, "short");
     let mut received = Vec::new();
     let _ = within(stuck.read_to_end(&mut received)).await;
-    assert!(received.len() < 64 << 20, "{}", received.len());
+    assert!(received.len() < 32 << 20, "{}", received.len());
     server.stop().await;
 }
 
@@ -511,6 +648,11 @@ async fn what_cannot_be_served_is_refused_with_a_remedy() {
             "127.0.0.1:0",
             LmServerOptions { answer_timeout: Duration::ZERO, ..options() },
             "answer_timeout: it must be more than 0",
+        ),
+        (
+            "127.0.0.1:0",
+            LmServerOptions { request_bytes_max: 2 << 30, ..options() },
+            "1073741824 bytes are less than one request may have; take 2147483648 or more",
         ),
     ] {
         let error = LmServer::bind(address, Arc::new(Mock), options).await.unwrap_err();

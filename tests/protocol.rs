@@ -228,7 +228,7 @@ async fn faults_of_a_single_call_become_errors() {
         (
             "claims 4 GiB",
             vec![Step::Write(b"\xff\xff\xff\xff{}".to_vec()), Step::Hang],
-            "Request failed: a frame of 4294967295 bytes exceeds the maximum of 67108864",
+            "Request failed: a frame of 4294967295 bytes exceeds the maximum of 134217756",
         ),
         ("empty payload", reply(""), unreadable),
         ("garbage", reply("{bad"), unreadable),
@@ -375,7 +375,9 @@ async fn a_refused_connection_is_worded_as_python_does() {
 
 #[tokio::test]
 async fn the_cap_on_replies_is_exact() {
-    for (bytes_max, expected) in [(GOOD.len(), true), (GOOD.len() - 1, false)] {
+    // What the request has is allowed on top: the reply repeats it.
+    let beyond = GOOD.len() - r#"{"prompt": "hi", "depth": 1}"#.len();
+    for (bytes_max, expected) in [(beyond, true), (beyond - 1, false)] {
         let (handler, server) = serve(reply(GOOD)).await;
         let answer = handler.with_reply_bytes_max(bytes_max).complete(&request("hi")).await;
         assert_eq!(answer.is_ok(), expected, "{answer:?}");

@@ -14,7 +14,7 @@ use kaa::{
 };
 use serde_json::{Value as Json, json};
 
-use super::console::Console;
+use super::console::{Console, excerpt};
 use super::flags::{SessionFlags, read};
 use super::session::{self, Plan};
 use super::units::{Count, Span};
@@ -295,7 +295,11 @@ fn ended(error: RlmError, console: Console) -> Result<Ending, Failure> {
             console.complain(&reason.to_string());
             Ok(Ending::Limit)
         }
-        reason => Err(Failure::Failed(format!("the model could not be asked: {reason}"))),
+        // It may be what a server sent, which may send anything.
+        reason => {
+            let reason = excerpt(&reason.to_string());
+            Err(Failure::Failed(format!("the model could not be asked: {reason}")))
+        }
     }
 }
 

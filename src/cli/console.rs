@@ -9,6 +9,9 @@ use std::io::{self, IsTerminal, Write};
 
 use super::Failure;
 
+/// Characters of a text of others that a message quotes.
+const EXCERPT_CHARS_MAX: usize = 500;
+
 /// Both streams of this process.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Console {
@@ -65,6 +68,23 @@ impl Console {
     }
 }
 
+/// The beginning of a text of others, on one line.
+pub(super) fn excerpt(text: &str) -> String {
+    let mut shown = String::new();
+    let mut chars = text.trim_end().chars();
+    for c in chars.by_ref().take(EXCERPT_CHARS_MAX) {
+        match c.is_control() {
+            true => shown.extend(c.escape_default()),
+            false => shown.push(c),
+        }
+    }
+    let left = chars.as_str().len();
+    if left > 0 {
+        let _ = write!(shown, " … and {left} bytes more");
+    }
+    shown
+}
+
 /// Text for a terminal: control characters other than newline and tab as `^X` or `\xNN`, what isn't
 /// UTF-8 as U+FFFD.
 fn visible(bytes: &[u8]) -> Cow<'_, [u8]> {
@@ -92,7 +112,22 @@ fn visible(bytes: &[u8]) -> Cow<'_, [u8]> {
 
 #[cfg(test)]
 mod tests {
-    use super::visible;
+    use super::{excerpt, visible};
+
+    #[test]
+    fn texts_of_others_are_quoted_on_one_line() {
+        let long = "\u{e9}".repeat(501);
+        let cut = format!("{} … and 2 bytes more", &long[..1000]);
+        for (text, shown) in [
+            ("", ""),
+            ("429: caf\u{e9} is closed\n", "429: caf\u{e9} is closed"),
+            ("a\r\nb\tc\u{1b}[2J\u{9b}", r"a\r\nb\tc\u{1b}[2J\u{9b}"),
+            (&long[..1000], &long[..1000]),
+            (&long, &cut),
+        ] {
+            assert_eq!(excerpt(text), shown);
+        }
+    }
 
     #[test]
     fn control_characters_are_shown_not_obeyed() {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use clap::{Args, Subcommand};
 use kaa::lm::{
-    LmCompletion, LmError, LmHandler, LmRequest, LmServer, LmServerOptions, LmToken, UsageSummary,
+    LmCompletion, LmError, LmHandler, LmKind, LmRequest, LmServer, LmServerOptions, LmToken,
+    UsageSummary,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -26,6 +27,7 @@ pub(super) enum LmCommand {
     ///
     /// Prints `listening on HOST:PORT` once it does, and answers until Ctrl-C (exit status 130) or
     /// SIGTERM (0). Then it says what the answers cost; calls that were dropped are not in it.
+    /// Calls that name no known model go to --model, and those of depth 1 to --sub-model.
     Serve(Box<ServeFlags>),
 }
 
@@ -51,6 +53,12 @@ pub(super) struct ServeFlags {
         default_value_t = Size(LmServerOptions::default().request_bytes_max as u64)
     )]
     request_bytes: Size,
+    /// Bytes of the answers in a reply, without the prompts that it repeats
+    #[arg(
+        long, value_name = "BYTES", help_heading = "Limits",
+        default_value_t = Size(LmServerOptions::default().reply_bytes_max as u64)
+    )]
+    reply_bytes: Size,
     /// Prompts in a batch
     #[arg(
         long, value_name = "NUMBER", help_heading = "Limits",
@@ -63,7 +71,8 @@ pub(super) struct ServeFlags {
         default_value_t = Count(LmServerOptions::default().batch_concurrency as u64)
     )]
     batch_concurrency: Count,
-    /// Time for the answer to a request, a batch as a whole
+    /// Time for the answer to a request, a batch as a whole; then prompts without answer fail.
+    /// RLM's clients wait for 300 seconds
     #[arg(
         long, value_name = "SECONDS", help_heading = "Limits",
         default_value_t = Span(LmServerOptions::default().answer_timeout)
@@ -74,7 +83,8 @@ pub(super) struct ServeFlags {
 /// The secret that requests must carry.
 #[derive(Debug, Args)]
 struct TokenFlags {
-    /// Environment variable with a token that every request must carry as `"token"`
+    /// Environment variable with a token that every request must carry as `"token"`; space around
+    /// it is ignored
     #[arg(long, value_name = "NAME", conflicts_with = "token_file")]
     token_env: Option<String>,
     /// File with that token; space around it is ignored
@@ -89,18 +99,24 @@ pub(super) fn run(command: LmCommand) -> Result<Ending, Failure> {
         (None, Some(path)) => Some(token_of_file("--token-file", path)?),
         (None, None) => None,
     };
+    let request_bytes_max = at_least_one("--request-bytes", flags.request_bytes.0)?;
+    let defaults = LmServerOptions::default();
     let options = LmServerOptions {
         token,
-        request_bytes_max: at_least_one("--request-bytes", flags.request_bytes.0)?,
+        request_bytes_max,
+        // The largest request needs room.
+        arriving_bytes_max: defaults.arriving_bytes_max.max(request_bytes_max),
+        reply_bytes_max: at_least_one("--reply-bytes", flags.reply_bytes.0)?,
         connections_max: at_least_one("--max-connections", flags.max_connections.0)?,
         prompts_max: at_least_one("--max-prompts", flags.max_prompts.0)?,
         batch_concurrency: at_least_one("--batch-concurrency", flags.batch_concurrency.0)?,
         answer_timeout: flags.timeout.0,
-        ..LmServerOptions::default()
+        ..defaults
     };
-    let handler = flags.lm.resolve()?.ok_or_else(|| {
+    let router = flags.lm.router()?.ok_or_else(|| {
         Failure::Usage("nobody would answer: say who, for example with --lm-script FILE".into())
     })?;
+    let handler = Arc::new(router.with_depths_of_rlm());
     let counter = Arc::new(Counter { handler, spent: Mutex::default() });
     session::block_on(serve(&flags.listen, counter, options))
 }
@@ -229,12 +245,18 @@ impl LmHandler for Counter {
         self.handler.model_name(depth)
     }
 
+    fn nests(&self, kind: LmKind) -> bool {
+        self.handler.nests(kind)
+    }
+
     async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
         let result = self.handler.complete(request).await;
         self.count(&result);
         result
     }
 
+    /// The server asks for one at a time, so that a batch which is dropped leaves out only the calls
+    /// that were under way.
     async fn complete_batch(
         &self,
         requests: &[LmRequest],

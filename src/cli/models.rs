@@ -65,7 +65,12 @@ pub(super) struct LmFlags {
 
 impl LmFlags {
     /// The models that are meant, if any: depth 0 is `--model`, depth 1 `--sub-model`.
-    pub(super) fn resolve(mut self) -> Result<Option<Arc<ModelRouter>>, Failure> {
+    pub(super) fn resolve(self) -> Result<Option<Arc<ModelRouter>>, Failure> {
+        Ok(self.router()?.map(Arc::new))
+    }
+
+    /// As [`resolve`](Self::resolve), for who has still to say how it routes.
+    pub(super) fn router(mut self) -> Result<Option<ModelRouter>, Failure> {
         let flag = if self.lm_script.is_some() { Some("--lm-script") } else { None };
         let Some(mut config) = self.config()? else { return Ok(None) };
         for model in config.models.values_mut() {
@@ -77,7 +82,7 @@ impl LmFlags {
             (Some(flag), Error::Invalid { reason, .. }) => Failure::usage(flag, reason),
             (_, other) => other.into(),
         })?;
-        Ok(Some(Arc::new(router)))
+        Ok(Some(router))
     }
 
     fn config(&mut self) -> Result<Option<ModelsConfig>, Failure> {

@@ -85,8 +85,35 @@ impl ModelRouter {
         self.by_depth.range(..=depth).next_back().map_or(&self.default, |(_, name)| name)
     }
 
-    /// What all calls that went through have cost, by model. Those of a batch are counted when all of
-    /// it is answered: of one whose future is dropped, none is.
+    /// The same router with the defaults of RLM's handler, for a server of its protocol: the one for
+    /// depth 1 is for that depth alone, and any other gets the default.
+    ///
+    /// Without it, deeper calls are answered as those of depth 1, as a loop with children wants it.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use kaa::lm::{ModelRouter, ScriptedHandler};
+    ///
+    /// # fn main() -> kaa::Result<()> {
+    /// let router = ModelRouter::builder()
+    ///     .model("big", Arc::new(ScriptedHandler::echo()))
+    ///     .model("small", Arc::new(ScriptedHandler::echo()))
+    ///     .default_from_depth(1, "small")
+    ///     .build()?
+    ///     .with_depths_of_rlm();
+    /// assert_eq!([0, 1, 2].map(|depth| router.default_model(depth)), ["big", "small", "big"]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn with_depths_of_rlm(mut self) -> Self {
+        let second = self.default_model(1).to_owned();
+        self.by_depth = [(1, second), (2, self.default.clone())].into();
+        self
+    }
+
+    /// What all calls that went through have cost, by model. Those of a batch that goes to a server as a
+    /// whole are counted when all of it is answered.
     #[must_use]
     pub fn usage(&self) -> UsageSummary {
         self.usage.total()
@@ -336,7 +363,8 @@ mod tests {
     async fn calls_go_by_name_then_by_depth() {
         let plain = three().build().unwrap();
         let chosen = three().default_model("b").build().unwrap();
-        let deep = three().default_from_depth(1, "b").default_from_depth(3, "c").build().unwrap();
+        let deep = || three().default_from_depth(1, "b").default_from_depth(3, "c").build();
+        let (deep, as_rlm) = (deep().unwrap(), deep().unwrap().with_depths_of_rlm());
         for (router, model, depth, expected) in [
             (&plain, None, 0, "a"),
             (&plain, None, 5, "a"),
@@ -353,6 +381,12 @@ mod tests {
             (&deep, Some("a"), 2, "a"),
             (&deep, None, 3, "c"),
             (&deep, None, i32::MAX, "c"),
+            (&as_rlm, None, -1, "a"),
+            (&as_rlm, None, 0, "a"),
+            (&as_rlm, Some("x"), 1, "b"),
+            (&as_rlm, None, 2, "a"),
+            (&as_rlm, Some("x"), 3, "a"),
+            (&as_rlm, Some("c"), 3, "c"),
         ] {
             let completion = router.complete(&request("hi", model, depth)).await.unwrap();
             assert_eq!(completion.response, format!("{expected}: hi"), "{model:?} {depth}");

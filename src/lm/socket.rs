@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::time;
 
-use super::wire::{CompletionJson, ReplyJson, RequestJson};
+use super::wire::{CompletionJson, ReplyJson, RequestJson, values_at_most};
 use super::{LmCompletion, LmError, LmHandler, LmKind, LmRequest, LmToken};
 use crate::error::{Error, Result};
 use crate::frame;
@@ -15,7 +15,8 @@ use crate::frame;
 const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(10);
 /// RLM's own client waits as long.
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(300);
-const REPLY_BYTES_MAX_DEFAULT: usize = 64 << 20;
+/// More than what a server of Kaa's sends unless it's told to.
+const REPLY_BYTES_MAX_DEFAULT: usize = 128 << 20;
 /// The header's range; what a guest may ask is its environment's affair.
 const REQUEST_BYTES_MAX: usize = u32::MAX as usize;
 
@@ -31,7 +32,11 @@ const NO_COMPLETIONS: &str = "No completions returned";
 /// |---|---|
 /// | connecting | 10 s, or the timeout if that is shorter |
 /// | timeout: sending the request and reading the reply | 300 s |
-/// | size of a reply, checked before memory is taken for it | 64 MiB |
+/// | size of a reply, checked before memory is taken for it | 128 MiB and the request's size |
+/// | values in the JSON of a reply, fixed | 524,288 and those of the request |
+///
+/// A reply repeats its prompts, which therefore don't count: all that the request has is allowed
+/// on top.
 ///
 /// The request's size is not limited here beyond the protocol's 4 GiB, and `concurrency` of a
 /// batch is the server's affair (RLM's runs 16 at once).
@@ -114,7 +119,8 @@ impl SocketHandler {
         Self { timeout, ..self }
     }
 
-    /// Refuses replies, counted without the header, of more than `reply_bytes_max` bytes.
+    /// Refuses replies, counted without the header, of more than `reply_bytes_max` bytes and as
+    /// many as the request has, which they repeat. 128 MiB if this isn't said.
     ///
     /// # Example
     ///
@@ -169,14 +175,15 @@ impl SocketHandler {
             .map_err(request_failed)?;
         let reply = time::timeout(self.timeout, async {
             frame::write_frame(&mut stream, &payload, REQUEST_BYTES_MAX).await?;
-            frame::read_frame(&mut stream, self.reply_bytes_max).await
+            let bytes_max = self.reply_bytes_max.saturating_add(payload.len());
+            frame::read_frame(&mut stream, bytes_max).await
         })
         .await
         .map_err(|_| timed_out(self.timeout))?
         .map_err(request_failed)?;
         // RLM's client takes an end before the header for an empty reply.
         let Some(reply) = reply else { return Ok(ReplyJson::default()) };
-        ReplyJson::read(reply)
+        ReplyJson::read(reply, values_at_most(&payload))
             .map_err(|e| LmError::new(format!("Request failed: the reply can't be read: {e}")))
     }
 

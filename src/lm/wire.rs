@@ -1,7 +1,15 @@
 //! RLM's wire types and their JSON, both ways.
 //!
-//! The order of the fields is the order on the wire: whoever compares bytes with RLM's finds none
-//! that differ.
+//! The order of the fields is the order on the wire, and texts and numbers are written as Python
+//! does. What a server sends differs from RLM's bytes in this alone:
+//!
+//! * A chat that a reply repeats has its keys sorted; RLM keeps their order, and repeated keys and
+//!   numbers of any size as Python reads them.
+//! * Usage stands under the model that answered, where RLM's takes the name that the request gave,
+//!   and in a batch each answer has its own, where RLM's has that of the last call in all of them.
+//!   An answer without text, null in RLM's, is empty.
+//! * Errors about text that is no JSON, or no request, have Kaa's words unless they are about its
+//!   first characters.
 
 mod json;
 
@@ -10,12 +18,12 @@ use std::io;
 use std::time::Duration;
 
 use serde::ser::SerializeMap;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value as Json};
 
-pub(super) use self::json::replace_lone_surrogates;
-use self::json::{python_error, values_at_most};
-use super::{LmCompletion, LmError, ModelUsage, Prompt, UsageSummary};
+use self::json::python_error;
+pub(super) use self::json::{replace_lone_surrogates, values_at_most};
+use super::{LmCompletion, LmError, MODEL_NAME_BYTES_MAX, ModelUsage, Prompt, UsageSummary};
 
 /// What RLM's client says when the reply has no completion; models have seen this text.
 const NO_COMPLETION: &str = "LM query failed - 'NoneType' object has no attribute 'response'";
@@ -25,6 +33,9 @@ const DEPTH_MISSING: i32 = -1;
 /// JSON values that a request may have, see [`values_at_most`]: the smallest objects of this number
 /// take some 80 MB, and a batch of ten thousand chats has room for eight messages in each.
 const REQUEST_VALUES_MAX: usize = 1 << 18;
+/// As [`REQUEST_VALUES_MAX`], for a reply without what it repeats of the request: ten thousand
+/// answers of one model have about 130,000.
+const REPLY_VALUES_MAX: usize = 1 << 19;
 
 /// A request as a client sends it.
 #[derive(Serialize)]
@@ -118,6 +129,13 @@ impl Asked {
         };
         let model = match request.remove("model") {
             None | Some(Json::Null) => None,
+            // Each prompt of a batch has its own.
+            Some(Json::String(model)) if model.len() > MODEL_NAME_BYTES_MAX => {
+                let length = model.len();
+                return Err(format!(
+                    "'model' has {length} bytes; it can have {MODEL_NAME_BYTES_MAX}"
+                ));
+            }
             // As in RLM, an empty name is none.
             Some(Json::String(model)) => Some(model).filter(|model| !model.is_empty()),
             Some(other) => return Err(format!("'model' must be a string, not {}", kind(&other))),
@@ -258,6 +276,19 @@ impl<'a> AnswerJson<'a> {
     }
 }
 
+/// The length of an answer in a reply, without the prompt that it repeats. What isn't known before
+/// all others are there, such as its time, is left out.
+pub(super) fn answer_bytes(
+    model: Option<&str>,
+    result: &Result<LmCompletion, LmError>,
+) -> io::Result<usize> {
+    let prompt = Prompt::Text(String::new());
+    json::encoded_bytes(&match result {
+        Ok(completion) => AnswerJson::new(model, &prompt, completion, Duration::ZERO),
+        Err(error) => AnswerJson::failed(model.unwrap_or_default(), &prompt, error),
+    })
+}
+
 struct UsageOut(UsageSummary);
 
 impl Serialize for UsageOut {
@@ -282,8 +313,12 @@ pub(super) struct ReplyJson {
 }
 
 impl ReplyJson {
-    /// The reply that a payload is; an error says why it's none.
-    pub(super) fn read(mut payload: Vec<u8>) -> Result<Self, String> {
+    /// The reply that a payload is; an error says why it's none. What it repeats of its request
+    /// has `echo_values` values: they aren't kept, and so don't count.
+    pub(super) fn read(mut payload: Vec<u8>, echo_values: usize) -> Result<Self, String> {
+        if values_at_most(&payload) > REPLY_VALUES_MAX.saturating_add(echo_values) {
+            return Err(format!("it has more than {REPLY_VALUES_MAX} JSON values"));
+        }
         replace_lone_surrogates(&mut payload);
         // serde would also take a list of the fields in their order.
         if !payload.trim_ascii_start().starts_with(b"{") {
@@ -296,8 +331,10 @@ impl ReplyJson {
 /// `RLMChatCompletion`; only the answer is required.
 #[derive(Deserialize)]
 pub(super) struct CompletionJson {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "text_or_null")]
     root_model: String,
+    /// RLM's handler sends null when a model refused.
+    #[serde(deserialize_with = "text_or_null")]
     response: String,
     #[serde(default)]
     usage_summary: Option<UsageJson>,
@@ -307,6 +344,11 @@ pub(super) struct CompletionJson {
     metadata: Option<Json>,
     #[serde(default)]
     error: Option<String>,
+}
+
+/// A text, or null for the empty one.
+fn text_or_null<'de, D: Deserializer<'de>>(json: D) -> Result<String, D::Error> {
+    Option::deserialize(json).map(Option::unwrap_or_default)
 }
 
 #[derive(Deserialize)]
@@ -349,7 +391,8 @@ impl CompletionJson {
             calls: usage.total_calls.unwrap_or(0),
             input_tokens: usage.total_input_tokens.unwrap_or(0),
             output_tokens: usage.total_output_tokens.unwrap_or(0),
-            cost: usage.total_cost,
+            // No call earns money: a sum of costs must not shrink.
+            cost: usage.total_cost.filter(|cost| cost.is_finite() && *cost >= 0.0),
         });
         let seconds = completion.execution_time.unwrap_or(0.0);
         Ok(LmCompletion {
@@ -364,170 +407,4 @@ impl CompletionJson {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::collection::vec;
-    use proptest::prelude::{Strategy, any, prop_oneof};
-    use proptest::sample;
-
-    use super::*;
-
-    #[test]
-    fn requests_are_encoded_as_python_does() {
-        let chat = serde_json::json!([{"content": "\u{7f}\u{0}\n\"\\/", "role": "user"}]);
-        for (prompt, expected) in [
-            (PromptJson::Text("h\u{e9}"), r#""h\u00e9""#),
-            (PromptJson::Text("\u{1f600}~"), r#""\ud83d\ude00~""#),
-            (PromptJson::Text("\t\u{8}\u{c}\r\u{1b}"), r#""\t\b\f\r\u001b""#),
-            (
-                PromptJson::Messages(&chat),
-                r#"[{"content": "\u007f\u0000\n\"\\/", "role": "user"}]"#,
-            ),
-        ] {
-            let request = RequestJson {
-                prompt: Some(prompt),
-                prompts: None,
-                model: None,
-                depth: -1,
-                token: None,
-            };
-            let bytes = request.encode().unwrap();
-            let expected = format!(r#"{{"prompt": {expected}, "depth": -1}}"#);
-            assert_eq!(String::from_utf8(bytes).unwrap(), expected);
-        }
-    }
-
-    fn asked(payload: &str) -> Result<Asked, String> {
-        Asked::read(read_object(payload.into())?, 2)
-    }
-
-    #[test]
-    fn requests_are_read_as_python_does() {
-        let one = |text: &str| AskedPrompts::One(Prompt::Text(text.into()));
-        let batch = |texts: &[&str]| {
-            AskedPrompts::Batch(texts.iter().map(|text| Prompt::Text((*text).into())).collect())
-        };
-        let chat = AskedPrompts::One(Prompt::Messages(serde_json::json!({"role": "user"})));
-        for (payload, prompts, model, depth) in [
-            (r#"{"prompt": "a"}"#, one("a"), None, -1),
-            (r#"{"prompt": "a", "depth": null, "model": null}"#, one("a"), None, -1),
-            (r#"{"prompt": "a", "depth": 3, "model": "m", "new": [1]}"#, one("a"), Some("m"), 3),
-            (r#"{"prompt": "a", "model": ""}"#, one("a"), None, -1),
-            (r#"{"prompt": "a", "prompt": "b"}"#, one("b"), None, -1),
-            (r#"{"prompt": {"role": "user"}}"#, chat, None, -1),
-            (r#"{"prompt": "a", "prompts": ["b", ""]}"#, batch(&["b", ""]), None, -1),
-            (r#"{"prompt": "a", "prompts": []}"#, one("a"), None, -1),
-            (r#"{"prompt": "\ud83d", "prompts": null}"#, one("\u{fffd}"), None, -1),
-        ] {
-            let expected = Asked { prompts, model: model.map(str::to_owned), depth };
-            assert_eq!(asked(payload), Ok(expected), "{payload}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_request_is_named() {
-        for (payload, expected) in [
-            ("{}", NO_PROMPT),
-            (r#"{"prompt": {}, "prompts": []}"#, NO_PROMPT),
-            (r#"{"prompt": 0}"#, NO_PROMPT),
-            ("[1]", "Request must be a JSON object"),
-            ("\"prompt\"", "Request must be a JSON object"),
-            ("null", "Request must be a JSON object"),
-            ("", "Expecting value: line 1 column 1 (char 0)"),
-            (
-                r#"{"prompt": 5}"#,
-                "'prompt' must be a string, a message or a list of messages, not a number",
-            ),
-            (
-                r#"{"prompts": ["a", null]}"#,
-                "'prompts'[1] must be a string, a message or a list of messages, not null",
-            ),
-            (r#"{"prompts": "ab"}"#, "'prompts' must be a list of prompts, not a string"),
-            (r#"{"prompts": ["", "", ""]}"#, "3 prompts in one request; at most 2 fit"),
-            (r#"{"prompt": "a", "model": 1}"#, "'model' must be a string, not a number"),
-            (r#"{"prompt": "a", "depth": 1.5}"#, "'depth' must be a whole number of 32 bits"),
-            (r#"{"prompt": "a", "depth": 1e99}"#, "'depth' must be a whole number of 32 bits"),
-            (
-                r#"{"prompt": "a", "depth": 2147483648}"#,
-                "'depth' must be a whole number of 32 bits",
-            ),
-        ] {
-            assert_eq!(asked(payload).unwrap_err(), expected, "{payload}");
-        }
-        for payload in ["{\"prompt\": \"a\"", "{} {}", "{\"a\": 1e999}", "{\"a\":\"\\x\"}"] {
-            let error = asked(payload).unwrap_err();
-            assert!(error.starts_with("Invalid JSON: "), "{payload}: {error}");
-        }
-        let deep = asked(&"[".repeat(REQUEST_VALUES_MAX - 1)).unwrap_err();
-        assert!(deep.starts_with("Invalid JSON: recursion limit"), "{deep}");
-        let many = format!("[{}1]", "1,".repeat(REQUEST_VALUES_MAX));
-        let error = asked(&many).unwrap_err();
-        assert_eq!(error, "the request has more than 262144 JSON values");
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn whatever_comes_is_a_request_or_an_error(pieces in pieces()) {
-            let _ = read_object(pieces.concat()).and_then(|request| Asked::read(request, 2));
-        }
-    }
-
-    /// Texts that are almost requests.
-    fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
-        let words = [
-            "{",
-            "}",
-            "[",
-            "]",
-            ",",
-            ":",
-            "\"",
-            "\\",
-            " ",
-            "\n",
-            "\"prompt\":",
-            "\"prompts\":",
-            "\"depth\":",
-            "1",
-            "-1e9",
-            "null",
-            "\"a\"",
-            "\\ud83d",
-            "\\u",
-            "{\"",
-            "\u{e9}",
-        ];
-        let words: Vec<Vec<u8>> = words.map(Vec::from).into();
-        let piece = prop_oneof![sample::select(words), vec(any::<u8>(), 1)];
-        vec(piece, 0..30)
-    }
-
-    #[test]
-    fn usage_has_rlms_fields_in_their_order() {
-        let usage = |model: &str, cost| ModelUsage {
-            model: model.into(),
-            calls: 1,
-            input_tokens: 2,
-            output_tokens: 3,
-            cost,
-        };
-        let completion = LmCompletion {
-            model: "m".into(),
-            usage: vec![usage("m", Some(0.5)), usage("c", None), usage("m", Some(0.25))],
-            metadata: Some(serde_json::json!({"iterations": [1.0]})),
-            ..LmCompletion::default()
-        };
-        let prompt = Prompt::Text("p".into());
-        let answer = AnswerJson::new(None, &prompt, &completion, Duration::ZERO);
-        assert_eq!(
-            String::from_utf8(json::encode(&answer).unwrap()).unwrap(),
-            concat!(
-                r#"{"root_model": "m", "prompt": "p", "response": "", "#,
-                r#""usage_summary": {"model_usage_summaries": {"c": {"total_calls": 1, "#,
-                r#""total_input_tokens": 2, "total_output_tokens": 3}, "m": {"total_calls": 2, "#,
-                r#""total_input_tokens": 4, "total_output_tokens": 6, "total_cost": 0.75}}, "#,
-                r#""total_cost": 0.75}, "execution_time": 0.0, "#,
-                r#""metadata": {"iterations": [1.0]}}"#,
-            )
-        );
-    }
-}
+mod tests;

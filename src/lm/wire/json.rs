@@ -12,6 +12,27 @@ pub(super) fn encode(value: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The length of what [`encode`] makes, without making it.
+pub(super) fn encoded_bytes(value: &impl Serialize) -> io::Result<usize> {
+    let mut bytes = Counted(0);
+    value.serialize(&mut Serializer::with_formatter(&mut bytes, PythonFormatter))?;
+    Ok(bytes.0)
+}
+
+/// Counts what is written to it.
+struct Counted(usize);
+
+impl io::Write for Counted {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len();
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 struct PythonFormatter;
 
 impl Formatter for PythonFormatter {
@@ -112,7 +133,7 @@ fn unit_at(json: &[u8], at: usize) -> Option<u16> {
 ///
 /// A value takes a few bytes of text and up to hundreds of memory, so their number has to be
 /// bounded before they are made.
-pub(super) fn values_at_most(json: &[u8]) -> usize {
+pub(in crate::lm) fn values_at_most(json: &[u8]) -> usize {
     let (mut values, mut in_string, mut escaped) = (1, false, false);
     for byte in json {
         match byte {
