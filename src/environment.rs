@@ -494,6 +494,9 @@ pub struct EnvironmentOptions {
     /// Who answers `llm_query`; without one it answers `Error: No LM handler configured`.
     pub lm: Option<Arc<dyn crate::lm::LmHandler>>,
     /// Depth of the RLM whose cells run here; LM calls carry this plus one. Default 0: the root.
+    /// Above 0 the session is a child's, whose cells run while a cell of the same tenant waits for
+    /// their answer: they take none of [`Quotas::cells`](crate::Quotas::cells), and don't wait in
+    /// the tenant's queue.
     pub depth: u16,
     /// Host functions.
     pub tools: Vec<Tool>,

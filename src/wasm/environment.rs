@@ -107,11 +107,11 @@ impl WasmEnvironment {
             ));
         }
         let tenant = options.tenant.clone().unwrap_or_else(|| shared.tenants.default_tenant());
-        let ties = Ties {
-            seat: Arc::new(tenant.open_session()?),
-            signal: Arc::default(),
-            ledger: Ledger::default(),
+        let seat = match options.depth {
+            0 => tenant.open_session()?,
+            _ => tenant.open_nested_session()?,
         };
+        let ties = Ties { seat: Arc::new(seat), signal: Arc::default(), ledger: Ledger::default() };
         let session = opening::open(shared, image, &options, origin, &ties)?;
         Ok(Self {
             phase: Phase::Ready(Box::new(session)),
