@@ -16,12 +16,12 @@ from .calls import Channel, LimitReached, Models, make_tool
 from .cells import VALUE, Sources, compile_cell, cut_middle, format_exception, plain_traceback, stored_names
 from .freeze import Survey, fill_holes, gather
 from .imports import ImportGuard
-from .namespace import REPORT_MAX, Namespace, describe
+from .namespace import LIST_MAX, REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
 from .repairs import Repairs
 from .streams import Streams
 from .values import UNREPRESENTABLE, Body, NotRepresentable, decode, encode, loads, pack, short_repr
-from .values import type_name, unpack
+from .values import short_name, type_name, unpack
 
 VALUE_CHARS = 8192
 REPR_CHARS = 500
@@ -218,9 +218,9 @@ class Agent:
         return {"found": True, "unrepresentable": type_name(value), "repr": text}, None
 
     def vars(self, _header, _data):
-        self.channel.limit = None
-        rows = [self.row(name, value) for name, value in self.namespace.variables().items()]
-        return {"variables": rows}, None
+        """The variables, without running code of the cells: nobody who asks for names expects to wait for it."""
+        found = [*self.namespace.variables().items()][:LIST_MAX]
+        return {"variables": [describe(name, value, self.repr_chars, False) for name, value in found]}, None
 
     # --- requests at image build ---
 
@@ -404,7 +404,7 @@ class Agent:
     def row(self, name, value):
         user_code = self.channel.limit is None
         row = self.guarded(None, describe, name, value, self.repr_chars, user_code)
-        return row or {"name": name, "type": type_name(value), "repr": UNREPRESENTABLE}
+        return row or {"name": short_name(name), "type": type_name(value), "repr": UNREPRESENTABLE}
 
     def final_answer(self, submitted, output):
         if self.profile.level:

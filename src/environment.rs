@@ -71,7 +71,9 @@ pub trait Environment: Send {
     /// its `repr`.
     async fn get_variable(&mut self, name: &str) -> Result<Option<Value>>;
 
-    /// The session's global variables, without modules of the agent and names that begin with `_`.
+    /// The session's global variables, without modules of the agent and names that begin with `_`; the
+    /// first 1,000 of them. Runs no code of the cells: objects whose `__repr__` could be theirs are
+    /// shown as `<Type object>`.
     ///
     /// # Errors
     ///
@@ -288,9 +290,9 @@ pub struct Exception {
 /// A variable of the session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Variable {
-    /// Its name.
+    /// Its name, cut at 1,000 characters with `...` after them.
     pub name: String,
-    /// The name of its type.
+    /// The name of its type, cut likewise.
     pub type_name: String,
     /// Its `repr`, cut at 500 characters with `...` after them.
     pub repr: String,
