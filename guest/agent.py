@@ -20,14 +20,15 @@ from .namespace import LIST_MAX, REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
 from .repairs import Repairs
 from .streams import Streams
-from .values import UNREPRESENTABLE, Body, NotRepresentable, decode, encode, loads, pack, short_repr
-from .values import short_name, type_name, unpack
+from .values import TEXT_CHARS_MAX, UNREPRESENTABLE, Body, NotRepresentable, decode, encode, loads, pack, short_name
+from .values import short_repr, to_utf8, type_name, unpack
 
 VALUE_CHARS = 8192
 REPR_CHARS = 500
 MESSAGE_CHARS_MAX = 64 * 1024
+ANSWER_BYTES_MAX = 64 << 20  # The host takes no more.
 _exec, _eval, _len, _str, _type, _int, _bytes = exec, eval, len, str, type, int, bytes
-_issubclass, _import = issubclass, __import__
+_issubclass, _import, _min = issubclass, __import__, min
 _modules = sys.modules
 _FAILED = pack({"op": "done", "error": "the agent failed and could not say why"})
 _COMPLETED = {"outcome": "completed"}  # What most cells end with: its frame need not be written each time.
@@ -311,9 +312,10 @@ class Agent:
         submitted = namespace.restore_answer() if intact else namespace.restore()
         if stored or not intact or namespace.sizes:
             reply["variables"] = self.report_variables(stored)
-        answer = self.final_answer(submitted, output)
+        answer, body = self.final_answer(submitted, output), None
         if answer is not None:
-            reply["final_answer"] = answer
+            body = Body()
+            reply["final_answer"] = self.send_answer(answer, body)
         if channel.limit is not None:
             reply["limit"] = channel.limit
         if self.reported:
@@ -324,7 +326,7 @@ class Agent:
         namespace.forget()
         if _len(reply) == 1 and reply["outcome"] == "completed":
             return _COMPLETED, None
-        return reply, None
+        return reply, body
 
     def run(self, source, filename, assignments):
         """Compiles and executes; the code, if it compiled, the last value, and the exception, if one came out."""
@@ -415,6 +417,23 @@ class Agent:
         if not submitted:
             return None
         return self.guarded(UNREPRESENTABLE, _text, dict.get(self.namespace.answer, "content", ""))
+
+    def send_answer(self, answer, body):
+        """The answer's form in the header; a long one goes to the body, and what is too long is cut."""
+        if _len(answer) <= TEXT_CHARS_MAX:
+            return answer
+        data = to_utf8(answer[:ANSWER_BYTES_MAX])
+        end = _len(data)
+        if _len(answer) > ANSWER_BYTES_MAX or end > ANSWER_BYTES_MAX:
+            end = _min(end, ANSWER_BYTES_MAX)
+            while end < _len(data) and data[end] & 0xC0 == 0x80:  # Not in the middle of a character.
+                end -= 1
+            data = data[:end]
+            self.streams.write_error(
+                "The final answer has %d characters; only its first %d bytes are kept. "
+                "Submit a shorter one, and leave what is long in variables or files.\n" % (_len(answer), end)
+            )
+        return {"$str": body.add(data)}
 
 
 def _text(value):

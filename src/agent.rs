@@ -24,7 +24,9 @@ use crate::environment::{
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmRequest};
-use crate::protocol::{Call, CellReport, Message, ToolCallMessage, VariableReport, decode_within};
+use crate::protocol::{
+    Call, CellReport, Message, ToolCallMessage, VariableReport, decode_answer, decode_within,
+};
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
 
@@ -412,7 +414,8 @@ impl Conversation {
         streams: Streams,
         usage: Usage,
     ) -> Result<Execution> {
-        let (report, _) = reply.parse::<CellReport>()?;
+        let (report, body) = reply.parse::<CellReport>()?;
+        let answer = report.final_answer.map(|answer| decode_answer(answer, &body)).transpose()?;
         let exception = report.exception.map(|exception| Exception {
             type_name: exception.type_name,
             message: exception.message,
@@ -434,7 +437,7 @@ impl Conversation {
             exception,
             value: report.value,
             variables: variables(report.variables),
-            final_answer: report.final_answer,
+            final_answer: answer,
             ..self.stopped(outcome, streams, usage)
         })
     }

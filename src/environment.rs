@@ -329,7 +329,8 @@ pub struct Execution {
     pub exception: Option<Exception>,
     /// Variables that are new, or bound anew.
     pub variables: Vec<Variable>,
-    /// The final answer that this cell set, by the profile's rules.
+    /// The final answer that this cell set, by the profile's rules. At most 64 MiB of UTF-8: a longer
+    /// one is cut, and stderr says so.
     pub final_answer: Option<String>,
     /// Successful LM calls.
     pub lm_calls: Vec<LmCall>,
