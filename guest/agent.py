@@ -31,6 +31,7 @@ _exec, _eval, _len, _str, _type, _int, _bytes = exec, eval, len, str, type, int,
 _issubclass, _import, _min = issubclass, __import__, min
 _modules = sys.modules
 _FAILED = pack({"op": "done", "error": "the agent failed and could not say why"})
+_FULL = pack({"op": "done", "error": "MemoryError: the memory is full"})  # There may be no room to write it then.
 _COMPLETED = {"outcome": "completed"}  # What most cells end with: its frame need not be written each time.
 _COMPLETED_FRAME = pack({"op": "done", **_COMPLETED})
 _NEXT = pack({"op": "next"})
@@ -94,11 +95,14 @@ class Agent:
 
     def turn(self):
         """Serves requests until the host ends the turn. Never raises, always returns None."""
+        call = self.channel.call
         try:
-            call = self.channel.call
-            request = call(_NEXT)
-            while request:
-                request = call(self.handle(request))
+            try:
+                request = call(_NEXT)
+                while request:
+                    request = call(self.handle(request))
+            except MemoryError:
+                call(_FULL)  # For the request that didn't fit.
         except BaseException:
             pass  # The host is gone, or refuses: there is nobody to tell.
 
@@ -294,7 +298,7 @@ class Agent:
     def cell(self, source, filename, profile, echo):
         """Runs one cell; the reply's header."""
         namespace, channel = self.namespace, self.channel
-        channel.limit = None
+        channel.limit, channel.deferred = None, False
         self.reported = False
         if profile.copies_output:
             self.streams.keep_copy()
@@ -334,6 +338,8 @@ class Agent:
         try:
             try:
                 channel.watching = True
+                if channel.deferred:
+                    channel.stop()
                 code, is_expression = compile_cell(source, filename, self.sources, assignments)
                 if is_expression:
                     value = _eval(code, names)
@@ -412,7 +418,7 @@ class Agent:
         if self.profile.level:
             found = self.guarded(None, openenv_final, output, self.namespace)
             if found is not None:
-                return found
+                return _str.__str__(found)
             submitted = self.guarded(False, bool, dict.get(self.namespace.answer, "ready"))
         if not submitted:
             return None
@@ -459,11 +465,15 @@ def _try_encode(value, body):
 
 def _failure(error):
     """The reply for a request that the agent could not serve."""
+    if _issubclass(_type(error), MemoryError):
+        return _FULL
     try:
         message = _text(error)
         if not _issubclass(_type(error), ValueError):
             message = "%s: %s" % (type_name(error), message)
-        return pack({"op": "done", "error": message})
+        return pack({"op": "done", "error": cut_middle(message, MESSAGE_CHARS_MAX)})
+    except MemoryError:
+        return _FULL
     except BaseException:
         return _FAILED
 

@@ -323,14 +323,14 @@ impl Conversation {
     /// words when it refused the request.
     pub(crate) fn take_reply(&mut self) -> Result<Message> {
         let replies = std::mem::take(&mut self.replies);
+        if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
+            let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
+            return Err(Error::invalid(what, reason));
+        }
         if !self.requests.is_empty() || self.unanswered > 0 || replies.is_empty() {
             return Err(Error::protocol(
                 "the agent ended its turn before it replied to everything",
             ));
-        }
-        if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
-            let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
-            return Err(Error::invalid(what, reason));
         }
         Ok(replies.into_iter().next_back().expect("there is one"))
     }
@@ -348,6 +348,11 @@ impl Conversation {
         self.requests.clear();
         self.replies.clear();
         self.unanswered = 0;
+    }
+
+    /// Whether the guest has every request of this turn, so that what stops it stops the last one.
+    pub(crate) fn is_told(&self) -> bool {
+        self.requests.is_empty()
     }
 
     fn next_request(&mut self) -> Message {

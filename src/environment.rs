@@ -26,7 +26,8 @@ use crate::value::Value;
 ///   each cut at its cap, with the total counted.
 /// - A limit never costs the session: first a soft stop raises inside the guest; if the guest does
 ///   not yield within [`Limits::grace`], a hard stop rolls the session back to the state before the
-///   cell, and [`Execution::rolled_back`] says so. A backend that can't roll back says so in its
+///   cell, and [`Execution::rolled_back`] says so. Likewise a cell that leaves no memory to report
+///   its end with is a rolled-back `MemoryError`. A backend that can't roll back says so in its
 ///   [`Capabilities`] and is poisoned until `reset`.
 /// - Time spent waiting for the host (LM calls, tools, sleeps) isn't compute; it is wall time.
 /// - A guest can't forge messages to the host: the channel isn't its stdout.
@@ -43,7 +44,8 @@ pub trait Environment: Send {
     /// What this backend can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// A handle that stops the running cell from elsewhere, as Ctrl-C does.
+    /// A handle that stops the running cell from elsewhere, as Ctrl-C does, or the one that waits to
+    /// begin.
     fn interrupt(&self) -> Interrupt;
 
     /// Runs one cell.
@@ -360,7 +362,9 @@ impl Interrupt {
     }
 
     /// Raises `KeyboardInterrupt` in the running cell; a cell that doesn't yield within the grace
-    /// is rolled back. Does nothing when no cell is running.
+    /// is rolled back. One that waits to begin, in the queue of its tenant for one, ends with
+    /// `KeyboardInterrupt` without having run; it counts as waiting once the future of
+    /// [`execute_opts`](Environment::execute_opts) was polled. Does nothing when there is no cell.
     pub fn interrupt(&self) {
         (self.0)();
     }

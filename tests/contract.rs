@@ -533,7 +533,7 @@ async fn options_out_of_range_are_refused_by_name() {
         assert!(error.to_string().starts_with(name), "{error}");
     }
     let mut session = session();
-    let options = kaa::ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
+    let options = ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
     assert!(matches!(session.execute_opts("1", options).await, Err(Error::Invalid { .. })));
 }
 
