@@ -16,20 +16,22 @@ from .calls import Channel, LimitReached, Models, make_tool
 from .cells import VALUE, Sources, compile_cell, cut_middle, format_exception, plain_traceback, stored_names
 from .freeze import Survey, fill_holes, gather
 from .imports import ImportGuard
-from .namespace import REPORT_MAX, Namespace, describe
+from .namespace import LIST_MAX, REPORT_MAX, Namespace, describe
 from .profiles import PROFILES, json_text, openenv_final
 from .repairs import Repairs
 from .streams import Streams
-from .values import UNREPRESENTABLE, Body, NotRepresentable, decode, encode, loads, pack, short_repr
-from .values import type_name, unpack
+from .values import TEXT_CHARS_MAX, UNREPRESENTABLE, Body, NotRepresentable, decode, encode, loads, pack, short_name
+from .values import short_repr, to_utf8, type_name, unpack
 
 VALUE_CHARS = 8192
 REPR_CHARS = 500
 MESSAGE_CHARS_MAX = 64 * 1024
+ANSWER_BYTES_MAX = 64 << 20  # The host takes no more.
 _exec, _eval, _len, _str, _type, _int, _bytes = exec, eval, len, str, type, int, bytes
-_issubclass, _import = issubclass, __import__
+_issubclass, _import, _min = issubclass, __import__, min
 _modules = sys.modules
 _FAILED = pack({"op": "done", "error": "the agent failed and could not say why"})
+_FULL = pack({"op": "done", "error": "MemoryError: the memory is full"})  # There may be no room to write it then.
 _COMPLETED = {"outcome": "completed"}  # What most cells end with: its frame need not be written each time.
 _COMPLETED_FRAME = pack({"op": "done", **_COMPLETED})
 _NEXT = pack({"op": "next"})
@@ -93,11 +95,14 @@ class Agent:
 
     def turn(self):
         """Serves requests until the host ends the turn. Never raises, always returns None."""
+        call = self.channel.call
         try:
-            call = self.channel.call
-            request = call(_NEXT)
-            while request:
-                request = call(self.handle(request))
+            try:
+                request = call(_NEXT)
+                while request:
+                    request = call(self.handle(request))
+            except MemoryError:
+                call(_FULL)  # For the request that didn't fit.
         except BaseException:
             pass  # The host is gone, or refuses: there is nobody to tell.
 
@@ -218,9 +223,9 @@ class Agent:
         return {"found": True, "unrepresentable": type_name(value), "repr": text}, None
 
     def vars(self, _header, _data):
-        self.channel.limit = None
-        rows = [self.row(name, value) for name, value in self.namespace.variables().items()]
-        return {"variables": rows}, None
+        """The variables, without running code of the cells: nobody who asks for names expects to wait for it."""
+        found = [*self.namespace.variables().items()][:LIST_MAX]
+        return {"variables": [describe(name, value, self.repr_chars, False) for name, value in found]}, None
 
     # --- requests at image build ---
 
@@ -293,7 +298,7 @@ class Agent:
     def cell(self, source, filename, profile, echo):
         """Runs one cell; the reply's header."""
         namespace, channel = self.namespace, self.channel
-        channel.limit = None
+        channel.limit, channel.deferred = None, False
         self.reported = False
         if profile.copies_output:
             self.streams.keep_copy()
@@ -311,9 +316,10 @@ class Agent:
         submitted = namespace.restore_answer() if intact else namespace.restore()
         if stored or not intact or namespace.sizes:
             reply["variables"] = self.report_variables(stored)
-        answer = self.final_answer(submitted, output)
+        answer, body = self.final_answer(submitted, output), None
         if answer is not None:
-            reply["final_answer"] = answer
+            body = Body()
+            reply["final_answer"] = self.send_answer(answer, body)
         if channel.limit is not None:
             reply["limit"] = channel.limit
         if self.reported:
@@ -324,7 +330,7 @@ class Agent:
         namespace.forget()
         if _len(reply) == 1 and reply["outcome"] == "completed":
             return _COMPLETED, None
-        return reply, None
+        return reply, body
 
     def run(self, source, filename, assignments):
         """Compiles and executes; the code, if it compiled, the last value, and the exception, if one came out."""
@@ -332,6 +338,8 @@ class Agent:
         try:
             try:
                 channel.watching = True
+                if channel.deferred:
+                    channel.stop()
                 code, is_expression = compile_cell(source, filename, self.sources, assignments)
                 if is_expression:
                     value = _eval(code, names)
@@ -404,17 +412,34 @@ class Agent:
     def row(self, name, value):
         user_code = self.channel.limit is None
         row = self.guarded(None, describe, name, value, self.repr_chars, user_code)
-        return row or {"name": name, "type": type_name(value), "repr": UNREPRESENTABLE}
+        return row or {"name": short_name(name), "type": type_name(value), "repr": UNREPRESENTABLE}
 
     def final_answer(self, submitted, output):
         if self.profile.level:
             found = self.guarded(None, openenv_final, output, self.namespace)
             if found is not None:
-                return found
+                return _str.__str__(found)
             submitted = self.guarded(False, bool, dict.get(self.namespace.answer, "ready"))
         if not submitted:
             return None
         return self.guarded(UNREPRESENTABLE, _text, dict.get(self.namespace.answer, "content", ""))
+
+    def send_answer(self, answer, body):
+        """The answer's form in the header; a long one goes to the body, and what is too long is cut."""
+        if _len(answer) <= TEXT_CHARS_MAX:
+            return answer
+        data = to_utf8(answer[:ANSWER_BYTES_MAX])
+        end = _len(data)
+        if _len(answer) > ANSWER_BYTES_MAX or end > ANSWER_BYTES_MAX:
+            end = _min(end, ANSWER_BYTES_MAX)
+            while end < _len(data) and data[end] & 0xC0 == 0x80:  # Not in the middle of a character.
+                end -= 1
+            data = data[:end]
+            self.streams.write_error(
+                "The final answer has %d characters; only its first %d bytes are kept. "
+                "Submit a shorter one, and leave what is long in variables or files.\n" % (_len(answer), end)
+            )
+        return {"$str": body.add(data)}
 
 
 def _text(value):
@@ -440,11 +465,15 @@ def _try_encode(value, body):
 
 def _failure(error):
     """The reply for a request that the agent could not serve."""
+    if _issubclass(_type(error), MemoryError):
+        return _FULL
     try:
         message = _text(error)
         if not _issubclass(_type(error), ValueError):
             message = "%s: %s" % (type_name(error), message)
-        return pack({"op": "done", "error": message})
+        return pack({"op": "done", "error": cut_middle(message, MESSAGE_CHARS_MAX)})
+    except MemoryError:
+        return _FULL
     except BaseException:
         return _FAILED
 

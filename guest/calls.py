@@ -90,9 +90,9 @@ class Channel:
 
     def interrupted(self, _signal, _frame):
         """The handler of SIGINT, which is how the host asks for a soft stop."""
-        if self.busy:
-            self.deferred = True  # A second frame now would break the alternation.
-        elif self.watching:
+        if self.busy or not self.watching:
+            self.deferred = True  # A second frame now would break the alternation; or the cell has yet to begin.
+        else:
             self.stop()
 
     def stop(self):

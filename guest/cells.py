@@ -185,4 +185,4 @@ def plain_traceback(error, message):
             lines.append('  File "%s", line %s, in %s\n' % (code.co_filename, entry.tb_lineno, code.co_name))
         entry = entry.tb_next
     head = "Traceback (most recent call last):\n" + "".join(lines) if lines else ""
-    return "%s%s: %s\n" % (head, type_name(error), message)
+    return cut_middle("%s%s: %s\n" % (head, type_name(error), message), TRACEBACK_CHARS_MAX)

@@ -2,7 +2,7 @@
 
 import builtins
 
-from .values import UNREPRESENTABLE, short_repr, type_name
+from .values import UNREPRESENTABLE, short_name, short_repr, type_name
 
 RESERVED = (
     "SHOW_VARS",
@@ -15,6 +15,7 @@ RESERVED = (
     "rlm_query_batched",
 )
 REPORT_MAX = 200
+LIST_MAX = 1000
 _MISSING = object()
 _len, _type, _str, _dict, _issubclass, _id, _map, _zip = len, type, str, dict, issubclass, id, map, zip
 _SIZED = frozenset((list, dict, set, bytearray))
@@ -241,9 +242,9 @@ def _size(value):
 
 
 def describe(name, value, chars, user_code):
-    """One row of a report about variables. May run a `__repr__` of the cell."""
+    """One row of a report about variables. With `user_code` it may run a `__repr__` of the cell."""
     try:
         text = short_repr(value, chars, user_code)
     except Exception:
         text = UNREPRESENTABLE
-    return {"name": name, "type": type_name(value), "repr": text}
+    return {"name": short_name(name), "type": type_name(value), "repr": text}

@@ -17,6 +17,7 @@ INT_DIGITS_MAX = 100_000
 INT_BITS_MAX = 332_193  # The bits of 10 ** INT_DIGITS_MAX - 1.
 DECIMAL_BITS_MAX = 13_000  # About 3,900 digits: below CPython's own limit (4,300) and cheap to convert.
 UNREPRESENTABLE = "<unrepresentable>"
+NAME_CHARS_MAX = 1000  # A cell can give a type or a variable a name of any length.
 
 _isinstance, _len, _type, _repr, _issubclass = isinstance, len, type, repr, issubclass
 _int, _str, _bytes, _sorted, _memoryview, _id, _hex = int, str, bytes, sorted, memoryview, id, hex
@@ -30,8 +31,12 @@ class NotRepresentable(Exception):
 
 
 def type_name(value):
-    """The name of the value's real type; neither `__class__` nor a metaclass can change it."""
-    return _type_name(_type(value))
+    """The name of the value's real type, cut; neither `__class__` nor a metaclass can change it."""
+    return short_name(_str.__str__(_type_name(_type(value))))  # It may be of a subclass of str.
+
+
+def short_name(name):
+    return name if _len(name) <= NAME_CHARS_MAX else name[:NAME_CHARS_MAX] + "..."
 
 
 # --- frames ---
@@ -350,10 +355,6 @@ class _Full(Exception):
     pass
 
 
-class _Hostile(Exception):
-    pass
-
-
 class _Writer:
     """Writes the start of a `repr` without building the rest of it."""
 
@@ -383,7 +384,7 @@ class _Writer:
         elif kind in _ATOMS:
             self.write(_repr(value))
         elif not self.user_code:
-            raise _Hostile
+            self.write("<%s object>" % type_name(value))
         else:
             text = _repr(value)
             self.write(text if _type(text) is _str else _str.__str__(text))
@@ -439,13 +440,12 @@ _ATOMS = frozenset((bool, float, complex, _type(None), _type(...)))
 def short_repr(value, limit, user_code=True):
     """The first `limit` characters of `repr(value)`, and "..." if there are more.
 
-    Raises whatever a `__repr__` in there raises. With `user_code` false no `__repr__` of a class is called.
+    Raises whatever a `__repr__` in there raises. With `user_code` false none is called but those of plain values; the
+    others are shown as `<type object>`.
     """
     writer = _Writer(limit, user_code)
     try:
         writer.value(value)
     except _Full:
         return "".join(writer.parts)[:limit] + "..."
-    except _Hostile:
-        return UNREPRESENTABLE
     return "".join(writer.parts)

@@ -24,7 +24,9 @@ use crate::environment::{
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{Ledger, LmCompletion, LmError, LmHandler, LmRequest};
-use crate::protocol::{Call, CellReport, Message, ToolCallMessage, VariableReport, decode_within};
+use crate::protocol::{
+    Call, CellReport, Message, ToolCallMessage, VariableReport, decode_answer, decode_within,
+};
 use crate::snapshot::{SessionRecord, Told};
 use crate::tenant::LmQuota;
 
@@ -321,14 +323,14 @@ impl Conversation {
     /// words when it refused the request.
     pub(crate) fn take_reply(&mut self) -> Result<Message> {
         let replies = std::mem::take(&mut self.replies);
+        if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
+            let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
+            return Err(Error::invalid(what, reason));
+        }
         if !self.requests.is_empty() || self.unanswered > 0 || replies.is_empty() {
             return Err(Error::protocol(
                 "the agent ended its turn before it replied to everything",
             ));
-        }
-        if let Some(error) = replies.iter().find_map(|reply| reply.text("error")) {
-            let (what, reason) = error.split_once(": ").unwrap_or(("request", error));
-            return Err(Error::invalid(what, reason));
         }
         Ok(replies.into_iter().next_back().expect("there is one"))
     }
@@ -346,6 +348,11 @@ impl Conversation {
         self.requests.clear();
         self.replies.clear();
         self.unanswered = 0;
+    }
+
+    /// Whether the guest has every request of this turn, so that what stops it stops the last one.
+    pub(crate) fn is_told(&self) -> bool {
+        self.requests.is_empty()
     }
 
     fn next_request(&mut self) -> Message {
@@ -412,7 +419,8 @@ impl Conversation {
         streams: Streams,
         usage: Usage,
     ) -> Result<Execution> {
-        let (report, _) = reply.parse::<CellReport>()?;
+        let (report, body) = reply.parse::<CellReport>()?;
+        let answer = report.final_answer.map(|answer| decode_answer(answer, &body)).transpose()?;
         let exception = report.exception.map(|exception| Exception {
             type_name: exception.type_name,
             message: exception.message,
@@ -434,7 +442,7 @@ impl Conversation {
             exception,
             value: report.value,
             variables: variables(report.variables),
-            final_answer: report.final_answer,
+            final_answer: answer,
             ..self.stopped(outcome, streams, usage)
         })
     }

@@ -26,7 +26,8 @@ use crate::value::Value;
 ///   each cut at its cap, with the total counted.
 /// - A limit never costs the session: first a soft stop raises inside the guest; if the guest does
 ///   not yield within [`Limits::grace`], a hard stop rolls the session back to the state before the
-///   cell, and [`Execution::rolled_back`] says so. A backend that can't roll back says so in its
+///   cell, and [`Execution::rolled_back`] says so. Likewise a cell that leaves no memory to report
+///   its end with is a rolled-back `MemoryError`. A backend that can't roll back says so in its
 ///   [`Capabilities`] and is poisoned until `reset`.
 /// - Time spent waiting for the host (LM calls, tools, sleeps) isn't compute; it is wall time.
 /// - A guest can't forge messages to the host: the channel isn't its stdout.
@@ -43,7 +44,8 @@ pub trait Environment: Send {
     /// What this backend can do.
     fn capabilities(&self) -> Capabilities;
 
-    /// A handle that stops the running cell from elsewhere, as Ctrl-C does.
+    /// A handle that stops the running cell from elsewhere, as Ctrl-C does, or the one that waits to
+    /// begin.
     fn interrupt(&self) -> Interrupt;
 
     /// Runs one cell.
@@ -71,7 +73,9 @@ pub trait Environment: Send {
     /// its `repr`.
     async fn get_variable(&mut self, name: &str) -> Result<Option<Value>>;
 
-    /// The session's global variables, without modules of the agent and names that begin with `_`.
+    /// The session's global variables, without modules of the agent and names that begin with `_`; the
+    /// first 1,000 of them. Runs no code of the cells: objects whose `__repr__` could be theirs are
+    /// shown as `<Type object>`.
     ///
     /// # Errors
     ///
@@ -294,9 +298,9 @@ pub struct Exception {
 /// A variable of the session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Variable {
-    /// Its name.
+    /// Its name, cut at 1,000 characters with `...` after them.
     pub name: String,
-    /// The name of its type.
+    /// The name of its type, cut likewise.
     pub type_name: String,
     /// Its `repr`, cut at 500 characters with `...` after them.
     pub repr: String,
@@ -333,7 +337,8 @@ pub struct Execution {
     pub exception: Option<Exception>,
     /// Variables that are new, or bound anew.
     pub variables: Vec<Variable>,
-    /// The final answer that this cell set, by the profile's rules.
+    /// The final answer that this cell set, by the profile's rules. At most 64 MiB of UTF-8: a longer
+    /// one is cut, and stderr says so.
     pub final_answer: Option<String>,
     /// Successful LM calls.
     pub lm_calls: Vec<LmCall>,
@@ -363,7 +368,9 @@ impl Interrupt {
     }
 
     /// Raises `KeyboardInterrupt` in the running cell; a cell that doesn't yield within the grace
-    /// is rolled back. Does nothing when no cell is running.
+    /// is rolled back. One that waits to begin, in the queue of its tenant for one, ends with
+    /// `KeyboardInterrupt` without having run; it counts as waiting once the future of
+    /// [`execute_opts`](Environment::execute_opts) was polled. Does nothing when there is no cell.
     pub fn interrupt(&self) {
         (self.0)();
     }
@@ -500,6 +507,9 @@ pub struct EnvironmentOptions {
     /// Who answers `llm_query`; without one it answers `Error: No LM handler configured`.
     pub lm: Option<Arc<dyn crate::lm::LmHandler>>,
     /// Depth of the RLM whose cells run here; LM calls carry this plus one. Default 0: the root.
+    /// Above 0 the session is a child's, whose cells run while a cell of the same tenant waits for
+    /// their answer: they take none of [`Quotas::cells`](crate::Quotas::cells), and don't wait in
+    /// the tenant's queue.
     pub depth: u16,
     /// Host functions.
     pub tools: Vec<Tool>,

@@ -35,6 +35,8 @@ pub(crate) const REPLY_BYTES_MAX: usize = 1 << 30;
 pub(crate) const CALL_BYTES_MAX: usize = 256 << 20;
 /// Largest header from the guest: what's long is body.
 const HEADER_BYTES_MAX: usize = 16 << 20;
+/// Longest final answer, in bytes of UTF-8. The agent cuts longer ones.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// What a header may take when it's parsed. JSON of seven bytes can become a map of 640.
 const PARSED_BYTES_MAX: usize = 256 << 20;
 /// Longer texts travel in the body, where nothing has to be escaped.
@@ -216,8 +218,22 @@ pub(crate) struct CellReport {
     pub(crate) exception: Option<ExceptionReport>,
     #[serde(default)]
     pub(crate) variables: Vec<VariableReport>,
+    /// A text, in the form of a value.
     #[serde(default)]
-    pub(crate) final_answer: Option<String>,
+    pub(crate) final_answer: Option<Json>,
+}
+
+/// Reads the final answer of a report with this body.
+///
+/// # Errors
+///
+/// [`Error::Protocol`] when it's longer than any agent sends, or no text.
+pub(crate) fn decode_answer(json: Json, body: &[u8]) -> Result<String> {
+    match decode_value(json, body)? {
+        Value::Str(text) if text.len() <= ANSWER_BYTES_MAX => Ok(text),
+        Value::Str(text) => Err(Error::protocol(format!("a final answer of {} bytes", text.len()))),
+        _ => Err(Error::protocol("a final answer that is no text")),
+    }
 }
 
 /// A call for language models from inside a cell.
@@ -460,6 +476,19 @@ mod tests {
             (Message { body: b"hi".to_vec(), ..Message::default() }, b"\0\0\0\x02{}"),
         ] {
             assert_eq!(message.head(), head, "{message:?}");
+        }
+    }
+
+    #[test]
+    fn a_final_answer_is_a_text_of_bounded_length() {
+        let body = vec![b'a'; ANSWER_BYTES_MAX + 1];
+        let long = |len: usize| decode_answer(json!({ "$str": [0, len] }), &body);
+        assert_eq!(long(ANSWER_BYTES_MAX).unwrap().len(), ANSWER_BYTES_MAX);
+        assert_eq!(decode_answer(json!("short"), b"").unwrap(), "short");
+        assert!(matches!(long(ANSWER_BYTES_MAX + 1), Err(Error::Protocol { .. })));
+        for json in [json!(1), json!({ "$bytes": [0, 1] }), json!({ "$str": [0, 1u64 << 40] })] {
+            let result = decode_answer(json.clone(), &body);
+            assert!(matches!(result, Err(Error::Protocol { .. })), "{json}");
         }
     }
 

@@ -141,7 +141,17 @@ impl Tenant {
     ///
     /// [`Error::Quota`] when the tenant has all its sessions.
     pub(crate) fn open_session(&self) -> Result<Seat> {
-        Seat::open(&self.0)
+        Seat::open(&self.0, false)
+    }
+
+    /// As [`open_session`](Self::open_session), for a session whose cells run within a cell of
+    /// another: they take none of [`Quotas::cells`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub(crate) fn open_nested_session(&self) -> Result<Seat> {
+        Seat::open(&self.0, true)
     }
 }
 

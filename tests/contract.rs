@@ -3,13 +3,13 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{limited, open, print, run, session};
 use kaa::lm::{Prompt, ScriptedHandler};
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, Limit, Limits, LmCall,
-    Outcome, Status, Tool, ToolError, Value,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Error, ExecuteOptions, Limit, Limits,
+    LmCall, Outcome, Status, Tool, ToolError, Value,
 };
 
 #[tokio::test]
@@ -269,6 +269,28 @@ async fn variables_cross_in_both_directions() {
 }
 
 #[tokio::test]
+async fn variables_are_listed_without_running_code_of_the_cells() {
+    let mut session = session();
+    let slow = "class Slow:\n    def __repr__(self):\n        while True: pass\na = [1, Slow()]";
+    let limits = Limits { compute: Duration::from_millis(500), ..Limits::default() };
+    let options = ExecuteOptions { limits: Some(limits) };
+    let reported = session.execute_opts(slow, options).await.unwrap();
+    // A cell's own report does run code, as long as the cell may compute.
+    assert_eq!((reported.outcome, reported.limit), (Outcome::Completed, Some(Limit::Compute)));
+    let many = "globals()['n' * 17_000_000] = type('T' * 17_000_000, (), {})()
+globals().update({f'v{n}': n for n in range(300_000)})";
+    assert_eq!(run(&mut session, many).await.outcome, Outcome::Completed);
+    let (since, variables) = (Instant::now(), session.list_variables().await.unwrap());
+    assert!(since.elapsed() < Duration::from_secs(15), "{:?}", since.elapsed());
+    assert_eq!(variables.len(), 1000);
+    let shown = |at: usize| (&variables[at].type_name[..], &variables[at].repr[..]);
+    assert_eq!(shown(1), ("list", "[1, <Slow object>]"));
+    assert_eq!(variables[2].name, format!("{}...", "n".repeat(1000)));
+    assert_eq!(variables[2].type_name, format!("{}...", "T".repeat(1000)));
+    assert_eq!(variables[999].name, "v996");
+}
+
+#[tokio::test]
 async fn a_refused_first_request_leaves_the_session_as_it_was_asked_for() {
     let tool = Tool::new("seven", |_| Ok(Value::from(7i64)));
     let mut session = open(EnvironmentOptions {
@@ -511,7 +533,7 @@ async fn options_out_of_range_are_refused_by_name() {
         assert!(error.to_string().starts_with(name), "{error}");
     }
     let mut session = session();
-    let options = kaa::ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
+    let options = ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
     assert!(matches!(session.execute_opts("1", options).await, Err(Error::Invalid { .. })));
 }
 

@@ -88,6 +88,51 @@ async fn memory_beyond_the_limit_is_a_memory_error() {
 }
 
 #[tokio::test]
+async fn a_cell_that_fills_its_memory_is_a_memory_error() {
+    let fillers = [
+        "y = []\nfor i in range(10**9): y.append([i])",
+        "def f():\n    y = []\n    for i in range(10**9): y.append([i])\nf()",
+        "y = {}\nfor i in range(10**9): y[i] = str(i)",
+        "y = b''\nwhile True: y += bytes(1 << 20)",
+        "y = None\nwhile True: y = [y]",
+        "y = []\ntry:\n    while True: y.append(bytes(100))\nexcept MemoryError: print('full')",
+    ];
+    let mut wrong = Vec::new();
+    for mib in [80, 96, 101, 128] {
+        let mut session = limited(Limits { memory_bytes: mib << 20, ..Limits::default() });
+        run(&mut session, "keep = 41").await;
+        for code in fillers {
+            let full = run(&mut session, code).await;
+            let is_caught = full.outcome == Outcome::Completed && full.stdout.text() == "full\n";
+            let name = full.exception.as_ref().map_or("", |exception| &exception.type_name);
+            // Where CPython itself doesn't get over it, it's a trap.
+            let is_right = match full.outcome {
+                Outcome::Raised => name == "MemoryError",
+                Outcome::Exited { code: 134 } => full.rolled_back,
+                _ => is_caught,
+            };
+            // What the cell left is still there, unless there was no room for its report.
+            let free = run(&mut session, "y = None").await;
+            let after = run(&mut session, "print(keep, y)").await;
+            if !is_right || free.outcome != Outcome::Completed || after.stdout.text() != "41 None\n"
+            {
+                wrong.push(format!(
+                    "{mib} MiB: {code}: {:?} {} {}\nthen {:?} {}\nthen {:?} {}",
+                    full.outcome,
+                    full.rolled_back,
+                    full.stderr.text(),
+                    free.outcome,
+                    free.stderr.text(),
+                    after.outcome,
+                    after.stderr.text()
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+#[tokio::test]
 async fn calls_are_counted_per_cell() {
     let tool = Tool::new("t", |_| Ok(Value::None));
     let mut session = open(EnvironmentOptions {

@@ -301,3 +301,26 @@ async fn answers_beside_a_failure_are_counted_in_every_profile() {
         assert!(cell.stdout.text().trim().ends_with(refused), "{}", cell.stdout.text());
     }
 }
+
+#[tokio::test]
+async fn a_final_answer_may_be_long_but_not_endless() {
+    const MAX: usize = 64 << 20;
+    for profile in [Profile::Rlm, Profile::OpenEnv] {
+        let mut session = profiled(profile);
+        for (content, bytes) in [
+            ("'x' * 17_000_000", 17_000_000),
+            ("'\\xe9' * 2000 + '\\ud800'", 4003),
+            ("'x' * (65 << 20)", MAX),
+            // Cut between characters of three bytes.
+            ("'\\u20ac' * (22 << 20)", MAX - 1),
+        ] {
+            let code = format!("answer = {{'content': {content}, 'ready': True}}");
+            let done = run(&mut session, &code).await;
+            let answer = done.final_answer.unwrap();
+            assert_eq!((done.outcome, answer.len()), (Outcome::Completed, bytes), "{content}");
+            let is_cut = done.stderr.text().contains("only its first");
+            assert_eq!(is_cut, bytes >= MAX - 1, "{content}: {}", done.stderr.text());
+            assert!(answer.chars().rev().skip(1).all(|char| Some(char) == answer.chars().next()));
+        }
+    }
+}

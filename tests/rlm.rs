@@ -495,6 +495,20 @@ async fn recursive_calls_are_answered_by_children_with_sessions() {
 }
 
 #[tokio::test]
+async fn children_run_within_the_cell_of_their_tenant_that_asked_for_them() {
+    let model = delegating(ASK_CHILDREN);
+    let quotas = Quotas { cells: 1, queue: 0, ..Quotas::default() };
+    let tenant = common::runtime().tenant("one cell at a time", quotas).unwrap();
+    let environment =
+        EnvironmentOptions { tenant: Some(tenant.clone()), ..EnvironmentOptions::default() };
+    let options = RlmOptions { max_depth: 2, environment, ..RlmOptions::default() };
+    let done = complete(&model, options).await.unwrap();
+    assert!(done.response.starts_with("child of a: leaf at 2\nchild of b"), "{}", done.response);
+    let usage = tenant.usage();
+    assert_eq!((usage.refused.queue, usage.cells_running, usage.sessions), (0, 0, 0));
+}
+
+#[tokio::test]
 async fn at_the_deepest_level_a_recursive_call_is_a_plain_one() {
     let code =
         "answer['content'] = rlm_query('p') + '|' + '|'.join(rlm_query_batched(['q', 'bad']))

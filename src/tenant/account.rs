@@ -213,22 +213,38 @@ impl Account {
         books.memory_bytes_peak = books.memory_bytes_peak.max(books.memory_bytes);
     }
 
+    /// A tenant above its quota of memory starts no cell.
+    fn check_memory(&self, books: &mut Books) -> Result<()> {
+        let (bytes, quota) = (books.memory_bytes, books.quotas.memory_bytes);
+        if bytes <= quota {
+            return Ok(());
+        }
+        books.refused.memory_bytes += 1;
+        let reason = format!("its sessions hold {bytes} bytes of {quota}; reset or close some");
+        Err(self.refuse("memory_bytes", reason))
+    }
+
+    /// A cell begins within another one of the tenant, which waits for it and has a slot. Were it to
+    /// wait for one of its own, both could wait for ever.
+    pub(super) fn begin_nested(self: &Arc<Self>) -> Result<Slot> {
+        let mut books = self.books();
+        self.check_memory(&mut books)?;
+        books.running += 1;
+        books.cells += 1;
+        Ok(Slot { account: Arc::clone(self), nested: true, running: true })
+    }
+
     /// A cell wants to begin.
     pub(super) fn ask(self: &Arc<Self>) -> Result<Admission<'_>> {
         let mut books = self.books();
-        let quota = books.quotas.memory_bytes;
-        if books.memory_bytes > quota {
-            books.refused.memory_bytes += 1;
-            let bytes = books.memory_bytes;
-            let reason = format!("its sessions hold {bytes} bytes of {quota}; reset or close some");
-            return Err(self.refuse("memory_bytes", reason));
-        }
+        self.check_memory(&mut books)?;
         let slot = books.slots < books.quotas.cells && books.for_slot.is_empty();
         if slot && (!self.is_over() || self.settle(&mut books) > 0) {
             books.slots += 1;
             books.running += 1;
             books.cells += 1;
-            return Ok(Admission::Begun(Slot { account: Arc::clone(self), running: true }));
+            let account = Arc::clone(self);
+            return Ok(Admission::Begun(Slot { account, nested: false, running: true }));
         }
         if books.waiting >= books.quotas.queue {
             books.refused.queue += 1;
@@ -254,10 +270,9 @@ impl Account {
         self.refuse("queue_wait", format!("the cell waited {longest:?}; ask again later"))
     }
 
-    fn free_slot(&self, running: bool) {
+    fn free_slot(&self) {
         let mut books = self.books();
         books.slots -= 1;
-        books.running -= u32::from(running);
         let wakers = books.serve_slots();
         drop(books);
         wakers.into_iter().for_each(Waker::wake);
@@ -419,17 +434,18 @@ impl Drop for Queued<'_> {
     }
 }
 
-/// One of the tenant's [`Quotas::cells`].
+/// One of the tenant's [`Quotas::cells`], or a part of one that another cell has.
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) account: Arc<Account>,
+    nested: bool,
     running: bool,
 }
 
 impl Slot {
     /// A slot that is already counted, for a cell that hasn't begun.
     pub(super) fn of(account: &Arc<Account>) -> Self {
-        Self { account: Arc::clone(account), running: false }
+        Self { account: Arc::clone(account), nested: false, running: false }
     }
 
     /// The cell begins.
@@ -443,7 +459,12 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.account.free_slot(self.running);
+        if self.running {
+            self.account.books().running -= 1;
+        }
+        if !self.nested {
+            self.account.free_slot();
+        }
     }
 }
 
@@ -481,7 +502,7 @@ impl Counter for ForSlot<'_> {
     fn give_up(&self, number: u64) {
         let left = self.0.books().for_slot.leave(number);
         if left.is_none() {
-            self.0.free_slot(false);
+            self.0.free_slot();
         }
     }
 }

@@ -26,7 +26,9 @@ pub struct Quotas {
     /// it already starts no cell ([`Error::Quota`]).
     pub memory_bytes: u64,
     /// Cells of the tenant that are begun and not ended, waits for LMs and tools included.
-    /// Default 1,024, at least 1, at most a million. More wait in the queue.
+    /// Default 1,024, at least 1, at most a million. More wait in the queue. Cells of a session that
+    /// was opened with a [`depth`](crate::EnvironmentOptions::depth) above 0 run within the cell that
+    /// asked for them: they neither count nor wait here.
     pub cells: u32,
     /// Cells of the tenant that may wait to begin. Default 4,096, at most a million; 0 lets none wait.
     /// On excess the cell is [`Error::Quota`].
@@ -127,7 +129,8 @@ pub struct TenantUsage {
     pub memory_bytes: u64,
     /// The most that it has been, in bytes.
     pub memory_bytes_peak: u64,
-    /// Cells that have begun and not ended, those that wait for a processor or an LM included.
+    /// Cells that have begun and not ended, those that wait for a processor or an LM included. May be
+    /// above [`Quotas::cells`] by those that run within others.
     pub cells_running: u32,
     /// Cells that wait to begin.
     pub cells_waiting: u32,

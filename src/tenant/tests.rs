@@ -171,6 +171,39 @@ async fn cells_wait_in_a_bounded_queue_for_a_bounded_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_nested_cell_runs_within_the_slot_of_another() {
+    let quotas = Quotas {
+        cells: 1,
+        queue: 1,
+        queue_wait: 50 * MS,
+        compute_per_second: 100 * MS,
+        ..Quotas::default()
+    };
+    let (tenants, tenant) = tenant(4, quotas);
+    let (seat, child) = (tenant.open_session().unwrap(), tenant.open_nested_session().unwrap());
+    let mut turn = seat.admit().await.unwrap();
+    turn.pause(5 * MS);
+    let mut waiting = Box::pin(seat.admit());
+    assert!(poll(waiting.as_mut()).is_pending());
+    let nested = child.admit().await.unwrap();
+    let usage = tenant.usage();
+    assert_eq!((usage.cells_running, usage.cells_waiting, usage.cells), (2, 1, 2));
+    nested.finish(250 * MS);
+    assert!(poll(waiting.as_mut()).is_pending(), "its end frees no slot");
+
+    // In debt it begins late, beyond what a cell may wait in the queue, which is full.
+    let since = tokio::time::Instant::now();
+    child.admit().await.unwrap().finish(NONE);
+    assert!(since.elapsed() > 50 * MS, "{:?}", since.elapsed());
+    assert_eq!(quota_of(waiting.await), "queue_wait");
+
+    child.set_memory(tenant.quotas().memory_bytes + 1);
+    assert_eq!(quota_of(child.admit().await), "memory_bytes");
+    drop((turn, seat, child));
+    assert_idle(&tenants, 4);
+}
+
+#[tokio::test(start_paused = true)]
 async fn compute_is_held_to_its_rate() {
     let quotas = Quotas { compute_per_second: 100 * MS, ..Quotas::default() };
     let (tenants, tenant) = tenant(4, quotas);

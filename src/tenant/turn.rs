@@ -18,15 +18,17 @@ const SLICE_MAX: Duration = Duration::from_millis(3);
 pub(crate) struct Seat {
     account: Arc<Account>,
     memory_bytes: AtomicU64,
+    /// Whether its cells run while another of the tenant waits for them.
+    nested: bool,
 }
 
 impl Seat {
     /// # Errors
     ///
     /// [`Error::Quota`](crate::Error::Quota) when the tenant has all its sessions.
-    pub(super) fn open(account: &Arc<Account>) -> Result<Self> {
+    pub(super) fn open(account: &Arc<Account>, nested: bool) -> Result<Self> {
         account.open_session()?;
-        Ok(Self { account: Arc::clone(account), memory_bytes: AtomicU64::new(0) })
+        Ok(Self { account: Arc::clone(account), memory_bytes: AtomicU64::new(0), nested })
     }
 
     /// Asks for more memory; `false`: the tenant has no room for it, and nothing changed.
@@ -45,7 +47,8 @@ impl Seat {
         self.memory_bytes.load(Ordering::Relaxed)
     }
 
-    /// Waits until a cell may begin, and until it has a processor. May be dropped at any time.
+    /// Waits until a cell may begin, and until it has a processor. May be dropped at any time. A
+    /// nested one doesn't wait in the queue; a debt of the tenant is slept off as in its middle.
     ///
     /// # Errors
     ///
@@ -54,6 +57,11 @@ impl Seat {
     /// that: everybody's turn comes.
     pub(crate) async fn admit(&self) -> Result<Turn> {
         let account = &self.account;
+        if self.nested {
+            let mut turn = Turn { slot: account.begin_nested()?, holds: false, reserved: 0 };
+            turn.resume().await;
+            return Ok(turn);
+        }
         let mut reserved = 0;
         let slot = match account.ask()? {
             Admission::Begun(slot) => slot,

@@ -1,14 +1,18 @@
 //! `WasmEnvironment`: the contract on a Wasm guest.
 
+mod ending;
+
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::{Value as Json, json};
 
+use self::ending::not_begun;
 use super::Image;
 use super::asleep::Asleep;
 use super::files::Scratch;
+use super::guest::Signal;
 use super::opening::{self, Origin, Shared, Ties, resumed};
 use super::parking::Parking;
 use super::saved::{BACKEND, Saved};
@@ -16,19 +20,17 @@ use super::session::{Session, Turn, TurnEnd};
 use crate::agent::{Streams, check_name, check_tool, variables};
 use crate::capture::Capture;
 use crate::environment::{
-    Capabilities, Context, Environment, EnvironmentOptions, Exception, ExecuteOptions, Execution,
-    Interrupt, Outcome, Status, Tool, Variable,
+    Capabilities, Context, Environment, EnvironmentOptions, ExecuteOptions, Execution, Interrupt,
+    Status, Tool, Variable,
 };
 use crate::error::{Error, Result};
-use crate::limits::{Limit, Limits, Usage};
+use crate::limits::Limits;
 use crate::lm::{Ledger, UsageSummary};
 use crate::protocol::{Message, VariableReport, decode_value};
 use crate::snapshot::Snapshot;
-use crate::tenant::Seat;
+use crate::tenant::{Seat, Turn as Permit};
 use crate::value::Value;
 
-/// What a process killed by `SIGABRT` would have exited with: a trap of the guest.
-const EXIT_ABORTED: i32 = 134;
 /// What is kept of the output of a turn that isn't a cell: nobody sees it.
 const QUIET_OUTPUT_BYTES: usize = 0;
 /// Limits of turns that aren't cells, such as setting a variable: the guest's own code in `repr` and
@@ -107,11 +109,11 @@ impl WasmEnvironment {
             ));
         }
         let tenant = options.tenant.clone().unwrap_or_else(|| shared.tenants.default_tenant());
-        let ties = Ties {
-            seat: Arc::new(tenant.open_session()?),
-            signal: Arc::default(),
-            ledger: Ledger::default(),
+        let seat = match options.depth {
+            0 => tenant.open_session()?,
+            _ => tenant.open_nested_session()?,
         };
+        let ties = Ties { seat: Arc::new(seat), signal: Arc::default(), ledger: Ledger::default() };
         let session = opening::open(shared, image, &options, origin, &ties)?;
         Ok(Self {
             phase: Phase::Ready(Box::new(session)),
@@ -121,6 +123,10 @@ impl WasmEnvironment {
             new_tools: Vec::new(),
             image: image.clone(),
         })
+    }
+
+    pub(super) fn signal(&self) -> Arc<Signal> {
+        Arc::clone(&self.ties.signal)
     }
 
     pub(crate) fn ledger(&self) -> Ledger {
@@ -155,11 +161,15 @@ impl WasmEnvironment {
         }
     }
 
-    /// The session, with leave to compute.
-    async fn admitted(&mut self) -> Result<&mut Session> {
+    /// Leave to compute, when the session is there.
+    async fn permit(&mut self) -> Result<Permit> {
         // First what may take long without a guest that computes.
         self.session().await?;
-        let permit = self.ties.seat.admit().await?;
+        self.ties.seat.admit().await
+    }
+
+    /// The session, with leave to compute.
+    async fn admitted(&mut self, permit: Permit) -> Result<&mut Session> {
         let ledger = self.ties.ledger.clone();
         let session = self.session().await?;
         let guest = session.guest_mut();
@@ -287,6 +297,52 @@ impl WasmEnvironment {
         Ok(())
     }
 
+    /// Runs one cell, unless it was interrupted since somebody took the signal.
+    ///
+    /// # Errors
+    ///
+    /// As [`Environment::execute_opts`].
+    pub(super) async fn run_cell(
+        &mut self,
+        code: &str,
+        options: ExecuteOptions,
+    ) -> Result<Execution> {
+        let limits = options.limits.unwrap_or_else(|| self.options.limits.clone());
+        limits.validate()?;
+        let (since, turn, signal) = (Instant::now(), self.turn(), Arc::clone(&self.ties.signal));
+        let permit = tokio::select! {
+            biased;
+            () = signal.wait() => return Ok(not_begun(&limits, since.elapsed())),
+            permit = self.permit() => permit?,
+        };
+        let session = self.admitted(permit).await?;
+        let guest = session.guest_mut();
+        guest.streams = streams(limits.output_bytes as usize);
+        let request = guest.conversation.cell(code);
+        guest.conversation.begin(Some(request), &limits);
+        let (end, usage) = session.turn(turn, &limits).await;
+        if !matches!(end, TurnEnd::Returned) {
+            return self.stopped(end, usage);
+        }
+        let guest = session.guest_mut();
+        let refused = guest.refused_bytes.take().is_some();
+        let reply = match guest.conversation.take_reply() {
+            Err(Error::Invalid { what, .. }) if what == "MemoryError" => None,
+            Err(_) if refused => None,
+            reply => Some(reply),
+        };
+        let Some(reply) = reply else { return self.out_of_memory(usage) };
+        let streams = std::mem::take(&mut guest.streams);
+        let result = reply.and_then(|reply| guest.conversation.execution(reply, streams, usage));
+        if result.is_ok() {
+            self.save_in_background();
+        } else {
+            // A guest whose agent doesn't answer as it should can't be left like that.
+            self.roll_back()?;
+        }
+        result
+    }
+
     /// One turn that isn't a cell.
     async fn service(&mut self, what: &str, request: Message) -> Result<Message> {
         let memory_bytes = self.options.limits.memory_bytes;
@@ -299,7 +355,10 @@ impl WasmEnvironment {
         };
         let sent_bytes = request.body.len();
         let turn = self.turn();
-        let session = self.admitted().await?;
+        // One that nothing ran to be stopped by.
+        self.ties.signal.take();
+        let permit = self.permit().await?;
+        let session = self.admitted(permit).await?;
         session.guest_mut().streams = streams(QUIET_OUTPUT_BYTES);
         session.guest_mut().conversation.begin(Some(request), &limits);
         let (end, _) = session.turn(turn, &limits).await;
@@ -338,47 +397,6 @@ impl WasmEnvironment {
         }
         reply
     }
-
-    /// The result of a cell that the host ended, and the rollback that goes with it.
-    fn stopped(&mut self, end: TurnEnd, usage: Usage) -> Result<Execution> {
-        let Phase::Ready(session) = &mut self.phase else {
-            return Err(Error::Internal("a cell ended without a session".into()));
-        };
-        let guest = session.guest_mut();
-        if let Some(fault) = guest.fault.take() {
-            self.roll_back()?;
-            return Err(fault);
-        }
-        let limit = guest.budget.stopped_by();
-        let (outcome, type_name, message) = match end {
-            TurnEnd::Exited(code) => (
-                Outcome::Exited { code },
-                "SystemExit",
-                format!("the interpreter exited with {code}"),
-            ),
-            TurnEnd::Trapped(trap) => (Outcome::Exited { code: EXIT_ABORTED }, "Trap", trap),
-            _ => {
-                let name = limit.map_or("?", Limit::name);
-                (
-                    Outcome::LimitReached,
-                    "LimitReached",
-                    format!("the cell did not yield to the {name} limit within the grace"),
-                )
-            }
-        };
-        let mut streams = std::mem::take(&mut guest.streams);
-        let line = format!(
-            "{type_name}: {message}; the session was rolled back to the state before this cell\n"
-        );
-        streams.stderr.write(line.as_bytes());
-        let mut execution = guest.conversation.stopped(outcome, streams, usage);
-        execution.limit = limit;
-        execution.rolled_back = true;
-        execution.exception =
-            Some(Exception { type_name: type_name.into(), message, traceback: line });
-        self.roll_back()?;
-        Ok(execution)
-    }
 }
 
 impl Drop for WasmEnvironment {
@@ -410,36 +428,13 @@ impl Environment for WasmEnvironment {
     }
 
     fn interrupt(&self) -> Interrupt {
-        let signal = Arc::clone(&self.ties.signal);
-        Interrupt::new(move || signal.raise())
+        self.ties.signal.handle()
     }
 
     async fn execute_opts(&mut self, code: &str, options: ExecuteOptions) -> Result<Execution> {
-        let limits = options.limits.unwrap_or_else(|| self.options.limits.clone());
-        limits.validate()?;
-        let turn = self.turn();
-        let session = self.admitted().await?;
-        let guest = session.guest_mut();
-        guest.streams = streams(limits.output_bytes as usize);
-        let request = guest.conversation.cell(code);
-        guest.conversation.begin(Some(request), &limits);
-        let (end, usage) = session.turn(turn, &limits).await;
-        if !matches!(end, TurnEnd::Returned) {
-            return self.stopped(end, usage);
-        }
-        let guest = session.guest_mut();
-        let streams = std::mem::take(&mut guest.streams);
-        let conversation = &mut guest.conversation;
-        let result = conversation
-            .take_reply()
-            .and_then(|reply| conversation.execution(reply, streams, usage));
-        if result.is_ok() {
-            self.save_in_background();
-        } else {
-            // A guest whose agent doesn't answer as it should can't be left like that.
-            self.roll_back()?;
-        }
-        result
+        // One that nothing ran to be stopped by.
+        self.ties.signal.take();
+        self.run_cell(code, options).await
     }
 
     async fn set_variable(&mut self, name: &str, value: Value) -> Result<()> {

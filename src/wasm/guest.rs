@@ -24,7 +24,7 @@ use super::opening::Kept;
 use super::random::SeededRandom;
 use super::text::{self, Post};
 use crate::agent::{Answer, Conversation, Streams};
-use crate::environment::EnvironmentOptions;
+use crate::environment::{EnvironmentOptions, Interrupt};
 use crate::error::Error;
 use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Call, Message, REPLY_BYTES_MAX};
@@ -69,16 +69,23 @@ pub(crate) struct Signal {
 }
 
 impl Signal {
-    pub(crate) fn raise(&self) {
+    fn raise(&self) {
         self.raised.store(true, Ordering::Release);
         self.notify.notify_waiters();
+    }
+
+    /// What an embedder raises it with.
+    pub(crate) fn handle(self: &Arc<Self>) -> Interrupt {
+        let signal = Arc::clone(self);
+        Interrupt::new(move || signal.raise())
     }
 
     pub(crate) fn take(&self) -> bool {
         self.raised.swap(false, Ordering::AcqRel)
     }
 
-    async fn wait(&self) {
+    /// Waits until it's raised, and takes it.
+    pub(crate) async fn wait(&self) {
         let notified = self.notify.notified();
         tokio::pin!(notified);
         // Registered before the flag is read, so that no signal falls between the two.
@@ -332,8 +339,9 @@ async fn slice(mut caller: Caller<'_, Guest>) -> wasmtime::Result<()> {
     let handles = caller.data().handles()?;
     let (Some(fuel), Some(floor)) = (handles.fuel, handles.floor) else { return Ok(()) };
     let left = fuel.get(&mut caller).i64().unwrap_or(0);
-    let interrupted = caller.data().signal.take();
     let guest = caller.data_mut();
+    // One that comes before the guest has its cell stops it when it has.
+    let interrupted = guest.conversation.is_told() && guest.signal.take();
     guest.budget.use_short_slices(guest.leave.is_contended());
     let verdict = guest.budget.slice(left, interrupted);
     let grant = caller.data().budget.grant();

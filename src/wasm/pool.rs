@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use serde_json::Value as Json;
 use tokio::sync::MutexGuard as EnvironmentGuard;
 
+use super::guest::Signal;
 use super::{Image, Runtime, WasmEnvironment};
 use crate::agent::check_tool;
 use crate::environment::{
@@ -133,7 +134,7 @@ struct Inner {
 /// A session of the pool, and what is known of it without its lock.
 struct Entry {
     environment: tokio::sync::Mutex<WasmEnvironment>,
-    interrupt: Interrupt,
+    signal: Arc<Signal>,
     ledger: Ledger,
     /// Milliseconds from the start of the pool to the last use.
     used: AtomicU64,
@@ -189,7 +190,7 @@ impl Pool {
     #[must_use]
     pub fn adopt(&self, environment: WasmEnvironment) -> PooledEnvironment {
         let entry = Arc::new(Entry {
-            interrupt: environment.interrupt(),
+            signal: environment.signal(),
             ledger: environment.ledger(),
             used: AtomicU64::new(self.0.now()),
             awake: AtomicBool::new(!environment.is_hibernated()),
@@ -410,11 +411,13 @@ impl Environment for PooledEnvironment {
     }
 
     fn interrupt(&self) -> Interrupt {
-        self.entry.interrupt.clone()
+        self.entry.signal.handle()
     }
 
     async fn execute_opts(&mut self, code: &str, options: ExecuteOptions) -> Result<Execution> {
-        self.lock().await?.guard.execute_opts(code, options).await
+        // Before the session is there, which may take a while: an interrupt holds for it too.
+        self.entry.signal.take();
+        self.lock().await?.guard.run_cell(code, options).await
     }
 
     async fn set_variable(&mut self, name: &str, value: Value) -> Result<()> {

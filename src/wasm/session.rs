@@ -364,7 +364,6 @@ impl Session {
         guest.running = true;
         guest.fault = None;
         guest.refused_bytes = None;
-        guest.signal.take();
         guest.budget = Budget::start(limits.clone());
         let grant = guest.budget.grant();
         let lowest = guest.budget.floor();

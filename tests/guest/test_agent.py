@@ -541,7 +541,7 @@ class SoftStop(unittest.TestCase):
         self.guest.stop_after(0.3, {"limit": "compute", "message": "m"})
         reply = self.guest.cell("class H:\n    def __repr__(self):\n        while True: pass\nh = H()\ni = H()\nj = 1")
         rows = {row["name"]: row["repr"] for row in reply["variables"]}
-        self.assertEqual((rows["h"], rows["i"], rows["j"]), ("<unrepresentable>", "<unrepresentable>", "1"))
+        self.assertEqual((rows["h"], rows["i"], rows["j"]), ("<unrepresentable>", "<H object>", "1"))
         self.assertEqual((reply["outcome"], reply["limit"]), ("completed", "compute"))
 
     def test_during_a_model_call(self):

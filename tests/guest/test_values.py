@@ -89,8 +89,19 @@ class ShortRepr(unittest.TestCase):
             def __repr__(self):
                 raise AssertionError
 
-        self.assertEqual(values.short_repr([1, Hostile()], 500, False), "<unrepresentable>")
+        self.assertEqual(values.short_repr([1, Hostile()], 500, False), "[1, <Hostile object>]")
         self.assertEqual(values.short_repr([1, 2], 500, False), "[1, 2]")
+
+    def test_names_of_types(self):
+        class Name(str):
+            def __len__(self):
+                raise AssertionError
+
+            __str__ = __getitem__ = __len__
+
+        self.assertEqual(values.type_name(1), "int")
+        self.assertEqual(type(values.type_name(type(Name("T"), (), {})())), str)
+        self.assertEqual(values.type_name(type("T" * 1001, (), {})()), "T" * 1000 + "...")
 
 
 def _has_huge(value):
