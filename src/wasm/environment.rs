@@ -327,7 +327,9 @@ impl WasmEnvironment {
         let guest = session.guest_mut();
         let refused = guest.refused_bytes.take().is_some();
         let reply = match guest.conversation.take_reply() {
-            Err(Error::Invalid { what, .. }) if what == "MemoryError" => None,
+            // What has no room to be written has none to say so, either: without memory CPython also
+            // raises other things than `MemoryError`.
+            Err(Error::Invalid { .. }) => None,
             Err(_) if refused => None,
             reply => Some(reply),
         };

@@ -54,8 +54,7 @@ impl WasmEnvironment {
     /// in what is left, the next cell couldn't free any.
     pub(super) fn out_of_memory(&mut self, usage: Usage) -> Result<Execution> {
         let bytes = self.options.limits.memory_bytes;
-        let message =
-            format!("the cell and what the session holds fill its {bytes} bytes of memory");
+        let message = format!("no room for the report of the cell in {bytes} bytes of memory");
         let (outcome, type_name) = (Outcome::Raised, "MemoryError");
         self.rolled_back(Reason { outcome, limit: None, type_name, message }, usage)
     }
