@@ -31,7 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "tenant",
         ],
     ),
-    ("rlm", &["error", "environment", "limits", "lm", "value", "agent"]),
+    ("rlm", &["error", "environment", "limits", "lm", "value", "agent", "tenant"]),
     (
         "wasm",
         &[
