@@ -190,8 +190,17 @@ pub(crate) async fn fan_out<H: LmHandler + ?Sized>(
     concurrency: usize,
 ) -> Vec<Result<LmCompletion, LmError>> {
     let calls = requests.iter().map(|one| async { handler.complete(one).await.map_err(in_batch) });
-    let calls: Vec<_> = calls.collect();
-    stream::iter(calls).buffered(concurrency.max(1)).collect().await
+    at_once(calls.collect(), concurrency).await
+}
+
+/// Results in the order of their calls, of which so many are under way at once. One that is slow holds
+/// its own place, and not those behind it.
+pub(crate) async fn at_once<T>(calls: Vec<impl Future<Output = T>>, most: usize) -> Vec<T> {
+    let numbered = calls.into_iter().enumerate().map(async |(number, call)| (number, call.await));
+    let results = stream::iter(numbered).buffer_unordered(most.max(1));
+    let mut results: Vec<(usize, T)> = results.collect().await;
+    results.sort_unstable_by_key(|(number, _)| *number);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// The length of a value as JSON, about: escapes aren't counted, so that nothing is copied.

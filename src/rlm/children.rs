@@ -4,14 +4,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use async_trait::async_trait;
-use futures_util::stream::{self, StreamExt};
 
 use super::scope::Scope;
 use super::session::RlmSession;
 use super::{Inner, RlmEvent, RlmStop};
 use crate::environment::Context;
 use crate::lm::{
-    Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt, fan_out, usage_of,
+    Ledger, LmCompletion, LmError, LmHandler, LmKind, LmRequest, Prompt, at_once, fan_out, usage_of,
 };
 
 /// Characters of a prompt that observers are shown, as in RLM.
@@ -182,7 +181,6 @@ impl LmHandler for CellCalls {
             Recursion::Children => self.rlm.options.max_concurrent_subcalls.min(concurrency),
             _ => concurrency,
         };
-        let calls: Vec<_> = requests.iter().map(|request| self.complete(request)).collect();
-        stream::iter(calls).buffered(most.max(1)).collect().await
+        at_once(requests.iter().map(|request| self.complete(request)).collect(), most).await
     }
 }

@@ -257,6 +257,19 @@ async fn dropped_calls_give_back_what_they_hold() {
     assert_eq!(budget.0.books().expected, Expected::default());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_slow_call_holds_nobody_up() {
+    // The first of a batch takes as long as all others together, two at once.
+    let start = tokio::time::Instant::now();
+    let call = async |number: u64| {
+        tokio::time::sleep(Duration::from_secs(if number == 0 { 10 } else { 1 })).await;
+        number
+    };
+    let results = crate::lm::at_once((0..11).map(call).collect(), 2).await;
+    assert_eq!(results, (0..11).collect::<Vec<_>>());
+    assert_eq!(start.elapsed().as_secs(), 10);
+}
+
 #[test]
 fn wrong_limits_are_refused_by_name() {
     let cases = [
