@@ -260,7 +260,7 @@ async fn dropped_calls_give_back_what_they_hold() {
 #[tokio::test(start_paused = true)]
 async fn a_slow_call_holds_nobody_up() {
     // The first of a batch takes as long as all others together, two at once.
-    let start = tokio::time::Instant::now();
+    let start = Instant::now();
     let call = async |number: u64| {
         tokio::time::sleep(Duration::from_secs(if number == 0 { 10 } else { 1 })).await;
         number
