@@ -216,7 +216,8 @@ impl View {
     fn bytes(&self) -> &[u8] {
         #[expect(unsafe_code, reason = "refers to the value's own mapping")]
         // SAFETY: the mapping is `bytes` long (or empty and dangling), readable, owned by this value,
-        // and its file never changes: it is sealed, or in a store that only its user can write and
+        // and its file never changes: it is sealed against another size, has no name, and is not
+        // written to any more (see `seal`), or it is in a store that only its user can write and
         // that never writes a published file (see `image.rs`).
         unsafe {
             std::slice::from_raw_parts(self.base.as_ptr(), self.bytes)
@@ -242,11 +243,18 @@ fn anonymous_file() -> io::Result<File> {
 }
 
 /// Makes sure that the file stays as it is: a mapped file that shrinks is a `SIGBUS`.
+///
+/// The kernel refuses the seal against writing while it has pages of the file in its own hands, as it
+/// does for moments when it moves memory about. Nobody else has the file, and nobody here writes to it
+/// after this: that seal is a second lock on a closed door, and not worth a session.
 #[cfg(target_os = "linux")]
 fn seal(file: &File) -> io::Result<()> {
     use rustix::fs::{SealFlags, fcntl_add_seals};
-    let all = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
-    Ok(fcntl_add_seals(file, all)?)
+    fcntl_add_seals(file, SealFlags::SHRINK | SealFlags::GROW)?;
+    match fcntl_add_seals(file, SealFlags::WRITE | SealFlags::SEAL) {
+        Err(rustix::io::Errno::BUSY) => Ok(fcntl_add_seals(file, SealFlags::SEAL)?),
+        sealed => Ok(sealed?),
+    }
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -258,4 +266,33 @@ fn anonymous_file() -> io::Result<File> {
 #[cfg(not(target_os = "linux"))]
 fn seal(_file: &File) -> io::Result<()> {
     Ok(())
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_in_the_kernels_hands_is_sealed_as_far_as_it_can_be() {
+        use rustix::fs::{SealFlags, fcntl_add_seals};
+        let mut file = anonymous_file().unwrap();
+        io::Write::write_all(&mut file, &[7; 4096]).unwrap();
+        #[expect(unsafe_code, reason = "makes the kernel answer as when it holds pages")]
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing, and nobody
+        // reads or writes it.
+        let held = unsafe {
+            let rights = ProtFlags::READ | ProtFlags::WRITE;
+            rustix::mm::mmap(std::ptr::null_mut(), 4096, rights, MapFlags::SHARED, &file, 0)
+                .unwrap()
+        };
+        let refused = fcntl_add_seals(&file, SealFlags::WRITE);
+        assert_eq!(refused, Err(rustix::io::Errno::BUSY));
+        seal(&file).unwrap();
+        for bytes in [0, 8192] {
+            assert_eq!(file.set_len(bytes).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        }
+        #[expect(unsafe_code, reason = "gives the mapping back")]
+        // SAFETY: it was made above and is not used after this.
+        unsafe { rustix::mm::munmap(held, 4096) }.unwrap();
+    }
 }
