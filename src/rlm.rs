@@ -274,7 +274,7 @@ impl Rlm {
         context: Context,
         question: Option<&str>,
     ) -> Result<RlmCompletion, RlmError> {
-        let (scope, context) = session::root_scope(&self.0, context)?;
+        let scope = session::root_scope(&self.0, &context)?;
         let mut session = self.session().await?;
         let result = session.answer(context, question, scope, Ledger::default(), false).await;
         // The answer is there; what can't be given back goes with the session.
@@ -288,11 +288,7 @@ impl Rlm {
     ///
     /// [`RlmStop::Environment`] when it can't be opened, or a tool can't be defined in it.
     pub async fn session(&self) -> Result<RlmSession, RlmError> {
-        RlmSession::open(Arc::clone(&self.0), 0, None, None).await.map_err(|reason| RlmError {
-            reason,
-            partial_answer: None,
-            usage: crate::lm::UsageSummary::default(),
-        })
+        RlmSession::open(Arc::clone(&self.0), 0, None, None).await.map_err(RlmError::from)
     }
 
     /// Ends all runs of this loop that are under way: they stop their cells, and return

@@ -168,6 +168,10 @@ fn wrong_usage_is_named() {
             &["q", "--lm-script", "s.json", "--context", "c.txt", "--context-json", "c.json"],
             "--context-json: give one context",
         ),
+        (
+            &["q", "--lm-script", "s.json", "--compaction", "1"],
+            "--compaction: must be at least 1000",
+        ),
         (&["q", "--model", "openai:x"], "OPENAI_API_KEY is not set"),
     ];
     for (args, message) in cases {

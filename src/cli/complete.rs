@@ -238,6 +238,7 @@ fn named(error: kaa::Error) -> Failure {
                 "budget.wall" => "--max-timeout".into(),
                 "budget.concurrency" => "--max-concurrency".into(),
                 "tools" => "--var".into(),
+                "compaction.context_tokens" => "--compaction".into(),
                 other if other.starts_with("max_") => format!("--{}", other.replace('_', "-")),
                 other => other.to_owned(),
             };

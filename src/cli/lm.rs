@@ -162,7 +162,7 @@ async fn serve(
 }
 
 /// A token that an environment variable holds.
-pub(super) fn token_of_env(flag: &str, name: &str) -> Result<LmToken, Failure> {
+fn token_of_env(flag: &str, name: &str) -> Result<LmToken, Failure> {
     let flag = format!("{flag} {name}");
     let text = std::env::var(name).map_err(|error| {
         Failure::usage(
@@ -177,7 +177,7 @@ pub(super) fn token_of_env(flag: &str, name: &str) -> Result<LmToken, Failure> {
 }
 
 /// A token that a file holds.
-pub(super) fn token_of_file(flag: &str, path: &Path) -> Result<LmToken, Failure> {
+fn token_of_file(flag: &str, path: &Path) -> Result<LmToken, Failure> {
     let refuse = |reason: String| Failure::usage(flag, format!("{}: {reason}", path.display()));
     let mut text = String::new();
     std::fs::File::open(path)

@@ -66,6 +66,13 @@ pub struct RlmError {
     pub usage: UsageSummary,
 }
 
+/// A run that ended before anything was asked.
+impl From<RlmStop> for RlmError {
+    fn from(reason: RlmStop) -> Self {
+        Self { reason, partial_answer: None, usage: UsageSummary::default() }
+    }
+}
+
 /// Why a run ended without an answer. The texts are those of RLM's exceptions.
 #[derive(Debug)]
 #[non_exhaustive]

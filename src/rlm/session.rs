@@ -13,7 +13,7 @@ use super::tools::{RlmTool, run_setup};
 use super::{Inner, RlmOptions};
 use crate::environment::{Context, Environment, EnvironmentOptions, Tool};
 use crate::error::Result;
-use crate::lm::{Ledger, UsageSummary};
+use crate::lm::Ledger;
 
 /// What makes `answer` as it was before a run.
 const FRESH_ANSWER: &str = "answer = {\"content\": \"\", \"ready\": False}";
@@ -109,7 +109,7 @@ impl RlmSession {
         context: Context,
         question: Option<&str>,
     ) -> Result<RlmCompletion, RlmError> {
-        let (scope, context) = root_scope(&self.rlm, context)?;
+        let scope = root_scope(&self.rlm, &context)?;
         self.answer(context, question, scope, Ledger::default(), true).await
     }
 
@@ -183,18 +183,10 @@ impl RlmSession {
     }
 }
 
-/// What the root run of a scope begins with. The context is shared only if it's asked for.
-pub(super) fn root_scope(
-    rlm: &Arc<Inner>,
-    context: Context,
-) -> Result<(Arc<Scope>, Context), RlmError> {
+/// The scope of a root run. Its context is shared only if that's asked for.
+pub(super) fn root_scope(rlm: &Arc<Inner>, context: &Context) -> Result<Arc<Scope>, RlmStop> {
     let shared = rlm.options.share_context.then(|| context.clone());
-    let scope = Scope::new(rlm, shared).map_err(|error| RlmError {
-        reason: error.into(),
-        partial_answer: None,
-        usage: UsageSummary::default(),
-    })?;
-    Ok((Arc::new(scope), context))
+    Ok(Arc::new(Scope::new(rlm, shared)?))
 }
 
 /// The tools of a level.
