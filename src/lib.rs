@@ -42,13 +42,19 @@ compile_error!(
 
 mod agent;
 mod capture;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "docker")]
+mod docker;
 mod environment;
 mod error;
 mod frame;
 mod image;
 mod limits;
 pub mod lm;
+mod local;
 mod policy;
+mod process;
 mod protocol;
 mod rlm;
 mod snapshot;

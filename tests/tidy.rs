@@ -49,6 +49,28 @@ const LAYERS: &[(&str, &[&str])] = &[
             "tenant",
         ],
     ),
+    (
+        "process",
+        &[
+            "error",
+            "limits",
+            "policy",
+            "environment",
+            "protocol",
+            "lm",
+            "agent",
+            "value",
+            "capture",
+            "snapshot",
+            "tenant",
+        ],
+    ),
+    ("local", &["error", "environment", "limits", "policy", "process", "snapshot"]),
+    ("docker", &["error", "environment", "limits", "policy", "process", "snapshot"]),
+    (
+        "conformance",
+        &["error", "environment", "limits", "lm", "policy", "snapshot", "value"],
+    ),
 ];
 
 /// Files outside the layers: the crate's root, the program, and the command line over the public API.
@@ -62,6 +84,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("wasmparser", &["wasm"]),
     ("wasm_encoder", &["wasm"]),
     ("lz4_flex", &["snapshot"]),
+    ("bollard", &["docker"]),
+    ("tokio_util", &["docker"]),
     ("jiff", &["rlm"]),
     ("reqwest", &["lm"]),
     ("rustls", &["lm"]),

@@ -1,0 +1,1 @@
+//! Sessions in containers, over the API of a Docker engine.

@@ -1,0 +1,79 @@
+//! Guests that are processes: CPython somewhere else, reached over a pair of byte streams.
+//!
+//! A machine (this host, a container engine, a cloud) starts `python3` with the arguments it is given
+//! and carries the bytes of its stdin and stdout; everything else is here, once for all of them. The
+//! interpreter becomes a supervisor, which forks the worker that the cells run in: see
+//! `guest/supervisor.py`.
+
+use std::fmt;
+
+use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::environment::{Capabilities, EnvironmentOptions};
+use crate::error::{Error, Result};
+
+/// Where processes are started.
+#[async_trait]
+pub(crate) trait Machine: fmt::Debug + Send + Sync + 'static {
+    /// What its sessions can do, as far as that's known before one is started.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Refuses what the machine can't do, by name, before anything is started.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] and [`Error::Invalid`].
+    fn check(&self, options: &EnvironmentOptions) -> Result<()>;
+
+    /// Starts `python3` with these arguments for one session. It returns as soon as bytes can be
+    /// written: the process needn't run yet.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from that, with a remedy; nothing is left behind then, nor when the future
+    /// is dropped.
+    async fn start(&self, arguments: &[&str], options: &EnvironmentOptions) -> Result<Started>;
+}
+
+/// A started process.
+pub(crate) struct Started {
+    /// Its stdout.
+    pub(crate) reader: Box<dyn AsyncRead + Send + Sync + Unpin>,
+    /// Its stdin. Dropping it ends the process.
+    pub(crate) writer: Box<dyn AsyncWrite + Send + Sync + Unpin>,
+    pub(crate) life: Box<dyn Life>,
+    pub(crate) surroundings: Surroundings,
+}
+
+/// What the supervisor has to know about where it is.
+#[derive(Debug, Clone, serde::Serialize)]
+pub(crate) struct Surroundings {
+    /// The directory for the guest's files: where cells start, and what `TMPDIR` says.
+    pub(crate) scratch: String,
+    /// Whether every process that the supervisor can see belongs to the session.
+    pub(crate) is_alone: bool,
+    /// Bytes of data that the worker may have, if the system bounds them (`RLIMIT_DATA`).
+    pub(crate) data_bytes: Option<u64>,
+    /// Bytes of one file that it writes (`RLIMIT_FSIZE`).
+    pub(crate) file_bytes: Option<u64>,
+}
+
+/// Power over a started process. Dropping it ends the process, too, and leaves nothing behind.
+#[async_trait]
+pub(crate) trait Life: Send + Sync {
+    /// Ends the process and all that it started, without waiting for that.
+    fn kill(&mut self);
+
+    /// Ends the process and all that it started, and waits until nothing of it is left. Bounded in
+    /// time.
+    ///
+    /// # Errors
+    ///
+    /// What could not be given back.
+    async fn close(&mut self) -> Result<()>;
+
+    /// The process ended though nobody asked it to, or said what no supervisor says: why, as far as
+    /// the machine knows, and what to do about it. Bounded in time.
+    async fn autopsy(&mut self) -> Error;
+}
