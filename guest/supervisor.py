@@ -35,9 +35,14 @@ OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets
 PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
 TICK_MIN, TICK_MAX = 0.005, 0.1
 KILL_SECONDS = 5
+LONG_SECONDS = 0.01
 CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
-DATA_HEAD = 12
+F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
+PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
+PIPE_BYTES = 1 << 20
+# Where a container sees what its memory limit did: cgroup 2, and 1.
+OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
 
 
@@ -126,7 +131,14 @@ class Processes:
         self.ended = 0.0  # Seconds of processes that are gone.
         self.exit = None
         self.known = {}  # Seconds of the worker's tree but for its own, by pid.
+        self.sizes = None  # Descriptor of the worker's figures of memory.
+        self.events = open_first(OOM_FILES) if is_alone else None
         self.ooms = self.oom_kills()
+
+    def begin(self, pid):
+        """The worker is this process."""
+        self.worker, self.exit = pid, None
+        self.sizes = open_first(("/proc/%d/statm" % pid,))
 
     def seconds(self):
         """Processor time of the worker and of all that it started, so far."""
@@ -213,31 +225,31 @@ class Processes:
         self.known = {}
 
     def resident_kib(self):
-        if self.worker is None:
-            return 0
         try:
-            with open("/proc/%d/statm" % self.worker, "rb", buffering=0) as file:
-                return int(file.read(64).split()[1]) * (os.sysconf("SC_PAGESIZE") // 1024)
-        except (OSError, ValueError, IndexError):
+            return int(os.pread(self.sizes, 256, 0).split()[1]) * PAGE_KIB
+        except (OSError, TypeError, ValueError, IndexError):
             return 0
 
-    @staticmethod
-    def oom_kills():
+    def oom_kills(self):
         """How often the container's memory limit has killed a process."""
-        for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-            try:
-                with open(path) as file:
-                    counts = dict(line.split()[:2] for line in file if len(line.split()) >= 2)
-                return int(counts.get("oom_kill", 0))
-            except (OSError, ValueError):
-                pass
-        return 0
+        try:
+            lines = os.pread(self.events, 4096, 0).splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
+        except (OSError, TypeError, ValueError, IndexError):
+            return 0
 
     def was_starved(self):
-        if not self.is_alone:
-            return False
         before, self.ooms = self.ooms, self.oom_kills()
         return self.ooms > before
+
+
+def open_first(paths):
+    for path in paths:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass
+    return None
 
 
 def children(pid):
@@ -257,20 +269,27 @@ class Watch:
     def __init__(self, processes):
         self.processes = processes
         self.begun = self.soft = self.hard = None
-        self.grace = 0.0
+        self.grace = self.since = 0.0
 
     def begin(self, compute, grace):
-        self.processes.look()
-        self.begun = self.processes.seconds()
+        if self.processes.known:
+            self.processes.look()
+        self.begun, self.since = self.processes.seconds(), time.monotonic()
         self.soft, self.hard, self.grace = self.begun + compute, None, grace
 
     def end(self):
+        """The turn is over: there is time to see what it has left behind."""
         self.soft = self.hard = None
+        self.processes.look()
 
     def stopped(self):
         """The worker was asked to stop: from now on it has its grace."""
         if self.hard is None and self.begun is not None:
             self.soft, self.hard = None, self.processes.seconds() + self.grace
+
+    def is_long(self):
+        """Whether the turn has lasted long enough to fill a memory."""
+        return time.monotonic() - self.since > LONG_SECONDS
 
     def spent(self):
         return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
@@ -291,9 +310,10 @@ class Supervisor:
         self.processes = Processes(self.settings["is_alone"])
         self.watch = Watch(self.processes)
         self.poll = select.poll()
-        self.buffer = bytearray()
+        self.buffer, self.expected = bytearray(), 0  # An order that is not complete; bytes of a frame for the worker.
         self.pending = []  # Bytes for the worker.
         self.pending_bytes = 0
+        self.is_blocked = False  # Whether the worker has to take some of them before it gets more.
         self.channel = None
         self.pipes = {}  # Descriptor to kind of frame.
         self.agent = self.carrier = None
@@ -325,7 +345,8 @@ class Supervisor:
             worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
         for descriptor in (far, output[1], error[1]):
             os.close(descriptor)
-        self.processes.worker, self.channel = pid, near
+        self.processes.begin(pid)
+        self.channel = near
         self.pipes = {output[0]: b"O", error[0]: b"E"}
         for descriptor in (near, output[0], error[0]):
             os.set_blocking(descriptor, False)
@@ -377,7 +398,7 @@ class Supervisor:
             self.processes.reap()
             return self.bury()
         head = int(self.watch.spent() * 1e6).to_bytes(8, "big") + self.processes.resident_kib().to_bytes(4, "big")
-        if self.processes.was_starved():
+        if self.watch.is_long() and self.processes.was_starved():
             found.append(event("starved"))
         found.append(frame(b"D", head + piece))
         write_all(b"".join(found))
@@ -397,9 +418,12 @@ class Supervisor:
                 del self.pending[0]
             else:
                 self.pending[0] = memoryview(self.pending[0])[written:]
-        if self.channel is not None:
-            self.poll.modify(self.channel, select.POLLIN | (select.POLLOUT if self.pending else 0))
-        self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+        if bool(self.pending) != self.is_blocked:
+            self.is_blocked = bool(self.pending)
+            self.poll.modify(self.channel, select.POLLIN | (select.POLLOUT if self.is_blocked else 0))
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+        elif self.is_blocked:
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
 
     def listen(self):
         """Frames of the host."""
@@ -408,23 +432,31 @@ class Supervisor:
             return
         if not piece:
             self.leave()
-        self.buffer += piece
-        at = 0
-        while len(self.buffer) - at >= 5:
-            kind, end = self.buffer[at : at + 1], at + 5 + int.from_bytes(self.buffer[at + 1 : at + 5], "big")
-            if len(self.buffer) < end:
-                break
-            payload = bytes(self.buffer[at + 5 : end])
-            at = end
-            if kind == b"D":
-                if self.channel is not None:
-                    self.pending.append(payload)
-                    self.pending_bytes += len(payload)
-            else:
-                self.obey(json.loads(payload))
-        del self.buffer[:at]
+        piece = memoryview(piece)
+        while piece:
+            if self.expected:
+                # Bytes of the worker need not be complete to be passed on.
+                self.forward(piece[: self.expected])
+                piece, self.expected = piece[self.expected :], max(0, self.expected - len(piece))
+                continue
+            wanted = 5 if len(self.buffer) < 5 else 5 + int.from_bytes(self.buffer[1:5], "big")
+            taken = wanted - len(self.buffer)
+            self.buffer += piece[:taken]
+            piece = piece[taken:]
+            if len(self.buffer) == 5 and self.buffer[:1] == b"D":
+                self.expected = int.from_bytes(self.buffer[1:5], "big")
+                self.buffer.clear()
+            elif len(self.buffer) > 5 and len(self.buffer) == wanted:
+                order = json.loads(bytes(self.buffer[5:]))
+                self.buffer.clear()
+                self.obey(order)
         if self.pending:
             self.send()
+
+    def forward(self, piece):
+        if self.channel is not None:
+            self.pending.append(piece)
+            self.pending_bytes += len(piece)
 
     def obey(self, order):
         operation = order["op"]
@@ -472,7 +504,11 @@ class Supervisor:
             except KeyError:
                 pass
             os.close(descriptor)
+        if self.processes.sizes is not None:
+            os.close(self.processes.sizes)
+        self.processes.sizes = None
         self.channel, self.pipes, self.pending, self.pending_bytes = None, {}, [], 0
+        self.is_blocked = False
         self.poll.modify(0, select.POLLIN)
         self.watch.end()
         status = self.processes.exit if self.processes.exit is not None else 0
@@ -540,7 +576,11 @@ def main():
     supervisor = Supervisor(boot)
     signal.set_wakeup_fd(wakeup[1], warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    fcntl.fcntl(0, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    for descriptor in (0, 1):
+        try:
+            fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # No pipe, or another system.
     try:
         supervisor.start()
         if supervisor.codes is not None:
