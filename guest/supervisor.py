@@ -380,11 +380,17 @@ class Supervisor:
                 piece = read_some(pipe)
                 if not piece:
                     if piece is not None:
-                        self.poll.unregister(pipe)  # Nobody has its other end any more.
+                        self.forget(pipe)  # Nobody has its other end any more.
                     break
                 found.append(frame(kind, piece))
                 size += len(piece)
         return found
+
+    def forget(self, descriptor):
+        try:
+            self.poll.unregister(descriptor)
+        except KeyError:
+            pass  # It was forgotten before.
 
     def receive(self):
         """Passes on what the worker says, after what was printed before it."""
@@ -499,10 +505,7 @@ class Supervisor:
         self.processes.kill()
         write_all(b"".join(self.output()))
         for descriptor in (self.channel, *self.pipes):
-            try:
-                self.poll.unregister(descriptor)
-            except KeyError:
-                pass
+            self.forget(descriptor)
             os.close(descriptor)
         if self.processes.sizes is not None:
             os.close(self.processes.sizes)
