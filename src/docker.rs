@@ -10,6 +10,7 @@
 //! and removed by the next [`connect`](DockerMachine::connect).
 
 mod address;
+mod backend;
 mod container;
 mod engine;
 mod fault;
@@ -24,6 +25,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 pub use self::address::DockerHost;
+pub use self::backend::DockerBackend;
 use self::container::Container;
 use self::engine::{Engine, ImageFacts};
 use self::owner::Owner;
@@ -32,6 +34,8 @@ use crate::error::{Error, Result};
 use crate::image::ProgressFn;
 use crate::process::{Machine, Started};
 
+/// The backend's name.
+const BACKEND: &str = "docker";
 /// The fewest processes and threads with which a supervisor, a worker and their threads can live.
 const PIDS_MIN: u32 = 16;
 /// What an engine accepts as a share of a processor.
@@ -186,11 +190,11 @@ impl DockerMachine {
 impl Machine for DockerMachine {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            backend: "docker",
+            backend: BACKEND,
             isolated: true,
             fuel: false,
             rollback: false,
-            snapshot: true,
+            snapshot: false,
             deterministic: false,
         }
     }
