@@ -20,17 +20,19 @@ use super::console::Console;
 use super::flags::SessionFlags;
 use super::session::{self, Base, Plan};
 use super::units::megabytes;
-use super::{Ending, Failure};
+use super::{Ending, Failure, in_flags};
 
 const PROMPT: &str = ">>> ";
 const PROMPT_MORE: &str = "... ";
 const INDENT: &str = "    ";
+/// What to do when a session has lost its state.
+const GO_ON: &str = ":reset begins anew, with the contexts and variables of the command line";
 const HISTORY_LINES_MAX: usize = 10_000;
 const HELP: &str = "\
 An empty line ends a block. Ctrl-C stops the running cell, Ctrl-D ends the session.
 :vars        list the variables
 :usage       what the last cell and the session have spent
-:rewind [N]  undo the last cell, or the last N, with all that they changed
+:rewind [N]  undo the last cell, or the last N, with all that they changed (wasm)
 :fork        go on in a copy of the session; the first one stays as it is
 :go N        go to session N of those that were forked
 :save FILE   save the session, for --snapshot-in
@@ -53,19 +55,15 @@ pub(super) struct ReplFlags {
 pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
     let console = Console::new(flags.quiet);
     let plan = flags.session.resolve(Some("where cells are typed"))?;
-    let base = session::prepare(&plan, console)?;
-    let mut input = Input::open(base.runtime.store().root().join("history"))?;
-    if matches!(input, Input::Keyboard { .. }) {
-        let manifest = base.image.manifest();
-        console.note(&format!(
-            "Python {} in WebAssembly, image `{}`. :help shows the commands.",
-            manifest.python, manifest.name
-        ));
-    }
     let reactor = session::reactor()?;
+    let base = session::prepare(&plan, console, &reactor)?;
+    let mut input = Input::open()?;
+    if matches!(input, Input::Keyboard { .. }) {
+        console.note(&format!("{}. :help shows the commands.", base.what()));
+    }
     let interrupts = reactor.block_on(async { session::interrupts() })?;
     let environment = reactor.block_on(async {
-        let mut environment = base.open(plan.options.clone())?;
+        let mut environment = base.open(&plan).await?;
         session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
         Ok::<_, Failure>(environment)
     })?;
@@ -167,15 +165,21 @@ impl Repl {
             session::execute(self.branches.environment(), code, &mut self.interrupts).await
         });
         match execution {
-            Ok(execution) => self.show(&execution),
-            Err(error) => {
-                self.console.complain(&error.to_string());
-                if error.poisons() {
-                    self.console.complain("the session is lost; :reset begins anew");
+            Ok(execution) => {
+                self.show(&execution)?;
+                if session::is_lost(self.branches.environment()) {
+                    let loss = session::loss("the cell", &execution);
+                    self.console.complain(&format!("{loss}; {GO_ON}"));
                 }
-                Ok(())
+            }
+            Err(error) => {
+                self.console.complain(&in_flags(&error.to_string()));
+                if error.poisons() || session::is_lost(self.branches.environment()) {
+                    self.console.complain(&format!("the session is lost; {GO_ON}"));
+                }
             }
         }
+        Ok(())
     }
 
     fn show(&mut self, execution: &Execution) -> Result<(), Failure> {
@@ -200,7 +204,9 @@ impl Repl {
             self.console.note(&format!("final answer: {answer}"));
         }
         let (total, usage) = (&mut self.total, &execution.usage);
-        total.fuel = Some(total.fuel.unwrap_or(0) + usage.fuel.unwrap_or(0));
+        if let Some(fuel) = usage.fuel {
+            total.fuel = Some(total.fuel.unwrap_or(0) + fuel);
+        }
         total.compute += usage.compute;
         total.wall += usage.wall;
         total.host_wait += usage.host_wait;
@@ -251,8 +257,11 @@ impl Repl {
             }
             ":fork" => {
                 let (from, _) = self.branches.place();
-                self.reactor.block_on(self.branches.fork())?;
+                let unsaved = self.reactor.block_on(self.branches.fork())?;
                 let (number, _) = self.branches.place();
+                if let Some(names) = unsaved {
+                    self.console.complain(&format!("the copy is without {names}"));
+                }
                 self.console.note(&format!("session {number}, a copy of session {from}"));
             }
             ":go" => self.branches.go_to(number(None)?)?,
@@ -288,10 +297,10 @@ impl Repl {
 }
 
 fn usage_text(usage: &Usage) -> String {
+    let fuel = usage.fuel.map(|fuel| format!("{fuel} fuel, ")).unwrap_or_default();
     format!(
-        "{} fuel, {:.3} s computed, {:.3} s waited, {:.3} s in all, {} of memory, {} LM calls, \
+        "{fuel}{:.3} s computed, {:.3} s waited, {:.3} s in all, {} of memory, {} LM calls, \
          {} tool calls",
-        usage.fuel.unwrap_or(0),
         usage.compute.as_secs_f64(),
         usage.host_wait.as_secs_f64(),
         usage.wall.as_secs_f64(),
@@ -316,10 +325,11 @@ enum Line {
 }
 
 impl Input {
-    fn open(history: PathBuf) -> Result<Self, Failure> {
+    fn open() -> Result<Self, Failure> {
         if !io::stdin().is_terminal() {
             return Ok(Self::Pipe);
         }
+        let history = session::store()?.root().join("history");
         let failed = |e: ReadlineError| Failure::Failed(format!("reading the terminal: {e}"));
         let config = Config::builder()
             .max_history_size(HISTORY_LINES_MAX)
