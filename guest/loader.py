@@ -1,18 +1,38 @@
-import os as o, sys as s
-def r(n):
- b = b""
- while len(b) < n:
-  p = o.read(0, n - len(b))
-  if not p: o._exit(0)
-  b += p
- return b
-def q(): return r(int.from_bytes(r(4), "big"))
-m, c, t = q(), q(), q()
-if s.version_info < (3, 9):
- e = b'{"event":"unfit","python":"%d.%d"}' % s.version_info[:2]
- o.write(1, b"C" + len(e).to_bytes(4, "big") + e)
- o._exit(0)
+"""The first words to a guest that is a process: reads the supervisor from stdin and becomes it.
+
+Before the first frame lie three parts, each with its length before it (u32 big-endian): the magic number of the Python
+that compiled the supervisor, or nothing; the compiled supervisor, or nothing; its source. It has to be understood by
+Pythons that are too old for the rest, so that they can be told.
+"""
+
 import marshal
-g = {"__name__": "kaa_supervisor"}
-exec(marshal.loads(c) if m == s.modules["_frozen_importlib_external"].MAGIC_NUMBER else compile(t, "<kaa>/supervisor.py", "exec"), g)
-g["main"]()
+import os
+import sys
+
+
+def read(size):
+    data = b""
+    while len(data) < size:
+        piece = os.read(0, size - len(data))
+        if not piece:
+            os._exit(0)  # The host is gone.
+        data += piece
+    return data
+
+
+def read_part():
+    return read(int.from_bytes(read(4), "big"))
+
+
+magic, code, source = read_part(), read_part(), read_part()
+if sys.version_info < (3, 9):
+    event = b'{"event":"unfit","python":"%d.%d"}' % sys.version_info[:2]
+    os.write(1, b"C" + len(event).to_bytes(4, "big") + event)
+    os._exit(0)
+if magic == sys.modules["_frozen_importlib_external"].MAGIC_NUMBER:
+    code = marshal.loads(code)
+else:
+    code = compile(source, "<kaa>/supervisor.py", "exec")
+supervisor = {"__name__": "kaa_supervisor"}
+exec(code, supervisor)
+supervisor["main"]()

@@ -27,28 +27,14 @@ import os
 import select
 import signal
 import sys
-import time
 import types
 
 CHUNK = 1 << 18
 OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets its turn.
 PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
-TICK_MIN, TICK_MAX = 0.005, 0.1
-KILL_SECONDS = 5
-CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
-DATA_HEAD = 12
+F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
+PIPE_BYTES = 1 << 20
 MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
-
-
-def prctl(option, value):
-    """Best effort: other systems, and Pythons without ctypes, don't have it."""
-    try:
-        import ctypes
-
-        return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
-    except Exception:
-        return False
 
 
 def read_exactly(size):
@@ -117,183 +103,19 @@ class Boot:
         return None if known else codes
 
 
-class Processes:
-    """The worker's process tree: what it computes, and its end."""
-
-    def __init__(self, is_alone):
-        self.is_alone = is_alone
-        self.worker = None
-        self.ended = 0.0  # Seconds of processes that are gone.
-        self.exit = None
-        self.known = {}  # Seconds of the worker's tree but for its own, by pid.
-        self.ooms = self.oom_kills()
-
-    def seconds(self):
-        """Processor time of the worker and of all that it started, so far."""
-        return self.ended + self.worker_seconds() + sum(self.known.values())
-
-    def worker_seconds(self):
-        if self.worker is None:
-            return 0.0
-        try:
-            return time.clock_gettime((~self.worker << 3) | CLOCK_OF_PROCESS)
-        except (OSError, OverflowError):
-            return self.stat_seconds(self.worker)
-
-    @staticmethod
-    def stat_seconds(pid, first=11):
-        """Of the process, unless `first` is 13, and of the children that it has waited for: proc(5)."""
-        try:
-            with open("/proc/%d/stat" % pid, "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            return sum(map(int, fields[first:15])) / os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError, IndexError):
-            return 0.0
-
-    def look(self):
-        """Counts the living descendants of the worker, and those that it waited for."""
-        if self.worker is not None:
-            self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
-
-    def tree(self):
-        """Every process below this one."""
-        if self.is_alone:
-            try:
-                return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
-            except OSError:
-                return []
-        found, open_ = [], [os.getpid()]
-        while open_ and len(found) < 100_000:
-            for child in children(open_.pop()):
-                found.append(child)
-                open_.append(child)
-        return found
-
-    def reap(self):
-        """Takes note of what ended; whether the worker is among them."""
-        died = False
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return died
-            if pid == 0:
-                return died
-            self.ended += usage.ru_utime + usage.ru_stime
-            self.known.pop(pid, None)
-            if pid == self.worker:
-                self.exit, self.worker, died = status, None, True
-
-    def signal(self, number):
-        if self.worker is not None:
-            try:
-                os.kill(self.worker, number)
-            except ProcessLookupError:
-                pass
-
-    def kill(self):
-        """Ends the whole tree; what is in the middle of starting more of itself is met again."""
-        deadline = time.monotonic() + KILL_SECONDS
-        while time.monotonic() < deadline:
-            if self.is_alone and os.getpid() == 1:
-                try:
-                    os.kill(-1, signal.SIGKILL)
-                except OSError:
-                    pass
-            left = self.tree()
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except OSError:
-                    pass
-            self.reap()
-            if not self.tree():
-                break
-            time.sleep(0.001)
-        self.known = {}
-
-    def resident_kib(self):
-        if self.worker is None:
-            return 0
-        try:
-            with open("/proc/%d/statm" % self.worker, "rb", buffering=0) as file:
-                return int(file.read(64).split()[1]) * (os.sysconf("SC_PAGESIZE") // 1024)
-        except (OSError, ValueError, IndexError):
-            return 0
-
-    @staticmethod
-    def oom_kills():
-        """How often the container's memory limit has killed a process."""
-        for path in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-            try:
-                with open(path) as file:
-                    counts = dict(line.split()[:2] for line in file if len(line.split()) >= 2)
-                return int(counts.get("oom_kill", 0))
-            except (OSError, ValueError):
-                pass
-        return 0
-
-    def was_starved(self):
-        if not self.is_alone:
-            return False
-        before, self.ooms = self.ooms, self.oom_kills()
-        return self.ooms > before
-
-
-def children(pid):
-    try:
-        found = []
-        for thread in os.listdir("/proc/%d/task" % pid):
-            with open("/proc/%d/task/%s/children" % (pid, thread)) as file:
-                found += map(int, file.read().split())
-        return found
-    except (OSError, ValueError):
-        return []
-
-
-class Watch:
-    """The limit on what a turn computes."""
-
-    def __init__(self, processes):
-        self.processes = processes
-        self.begun = self.soft = self.hard = None
-        self.grace = 0.0
-
-    def begin(self, compute, grace):
-        self.processes.look()
-        self.begun = self.processes.seconds()
-        self.soft, self.hard, self.grace = self.begun + compute, None, grace
-
-    def end(self):
-        self.soft = self.hard = None
-
-    def stopped(self):
-        """The worker was asked to stop: from now on it has its grace."""
-        if self.hard is None and self.begun is not None:
-            self.soft, self.hard = None, self.processes.seconds() + self.grace
-
-    def spent(self):
-        return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
-
-    def timeout(self):
-        """Milliseconds until it has to be looked at again; -1: never."""
-        bound = self.hard if self.soft is None else self.soft
-        if bound is None:
-            return -1
-        left = bound - self.processes.seconds()
-        return int(min(TICK_MAX, max(TICK_MIN, left)) * 1000)
-
-
 class Supervisor:
     def __init__(self, boot):
         self.settings = boot.settings
         self.codes = boot.modules()
-        self.processes = Processes(self.settings["is_alone"])
-        self.watch = Watch(self.processes)
+        import kaa_agent.processes as processes
+
+        self.processes = processes.Processes(self.settings["is_alone"])
+        self.watch = processes.Watch(self.processes)
         self.poll = select.poll()
-        self.buffer = bytearray()
+        self.buffer, self.expected = bytearray(), 0  # An order that is not complete; bytes of a frame for the worker.
         self.pending = []  # Bytes for the worker.
         self.pending_bytes = 0
+        self.is_blocked = False  # Whether the worker has to take some of them before it gets more.
         self.channel = None
         self.pipes = {}  # Descriptor to kind of frame.
         self.agent = self.carrier = None
@@ -302,6 +124,7 @@ class Supervisor:
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
         import kaa_agent.agent
         import kaa_agent.worker as worker
+        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
         if self.agent is None:
             self.carrier = worker.Carrier()
@@ -325,7 +148,8 @@ class Supervisor:
             worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
         for descriptor in (far, output[1], error[1]):
             os.close(descriptor)
-        self.processes.worker, self.channel = pid, near
+        self.processes.begin(pid)
+        self.channel = near
         self.pipes = {output[0]: b"O", error[0]: b"E"}
         for descriptor in (near, output[0], error[0]):
             os.set_blocking(descriptor, False)
@@ -359,11 +183,17 @@ class Supervisor:
                 piece = read_some(pipe)
                 if not piece:
                     if piece is not None:
-                        self.poll.unregister(pipe)  # Nobody has its other end any more.
+                        self.forget(pipe)  # Nobody has its other end any more.
                     break
                 found.append(frame(kind, piece))
                 size += len(piece)
         return found
+
+    def forget(self, descriptor):
+        try:
+            self.poll.unregister(descriptor)
+        except KeyError:
+            pass  # It was forgotten before.
 
     def receive(self):
         """Passes on what the worker says, after what was printed before it."""
@@ -377,7 +207,7 @@ class Supervisor:
             self.processes.reap()
             return self.bury()
         head = int(self.watch.spent() * 1e6).to_bytes(8, "big") + self.processes.resident_kib().to_bytes(4, "big")
-        if self.processes.was_starved():
+        if self.watch.is_long() and self.processes.was_starved():
             found.append(event("starved"))
         found.append(frame(b"D", head + piece))
         write_all(b"".join(found))
@@ -397,9 +227,12 @@ class Supervisor:
                 del self.pending[0]
             else:
                 self.pending[0] = memoryview(self.pending[0])[written:]
-        if self.channel is not None:
-            self.poll.modify(self.channel, select.POLLIN | (select.POLLOUT if self.pending else 0))
-        self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+        if bool(self.pending) != self.is_blocked:
+            self.is_blocked = bool(self.pending)
+            self.poll.modify(self.channel, select.POLLIN | (select.POLLOUT if self.is_blocked else 0))
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+        elif self.is_blocked:
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
 
     def listen(self):
         """Frames of the host."""
@@ -408,23 +241,31 @@ class Supervisor:
             return
         if not piece:
             self.leave()
-        self.buffer += piece
-        at = 0
-        while len(self.buffer) - at >= 5:
-            kind, end = self.buffer[at : at + 1], at + 5 + int.from_bytes(self.buffer[at + 1 : at + 5], "big")
-            if len(self.buffer) < end:
-                break
-            payload = bytes(self.buffer[at + 5 : end])
-            at = end
-            if kind == b"D":
-                if self.channel is not None:
-                    self.pending.append(payload)
-                    self.pending_bytes += len(payload)
-            else:
-                self.obey(json.loads(payload))
-        del self.buffer[:at]
+        piece = memoryview(piece)
+        while piece:
+            if self.expected:
+                # Bytes of the worker need not be complete to be passed on.
+                self.forward(piece[: self.expected])
+                piece, self.expected = piece[self.expected :], max(0, self.expected - len(piece))
+                continue
+            wanted = 5 if len(self.buffer) < 5 else 5 + int.from_bytes(self.buffer[1:5], "big")
+            taken = wanted - len(self.buffer)
+            self.buffer += piece[:taken]
+            piece = piece[taken:]
+            if len(self.buffer) == 5 and self.buffer[:1] == b"D":
+                self.expected = int.from_bytes(self.buffer[1:5], "big")
+                self.buffer.clear()
+            elif len(self.buffer) > 5 and len(self.buffer) == wanted:
+                order = json.loads(bytes(self.buffer[5:]))
+                self.buffer.clear()
+                self.obey(order)
         if self.pending:
             self.send()
+
+    def forward(self, piece):
+        if self.channel is not None:
+            self.pending.append(piece)
+            self.pending_bytes += len(piece)
 
     def obey(self, order):
         operation = order["op"]
@@ -445,16 +286,12 @@ class Supervisor:
 
     def check(self):
         """The limit on what the turn computes."""
-        watch = self.watch
-        if watch.soft is None and watch.hard is None:
-            return
-        self.processes.look()
-        spent = self.processes.seconds()
-        if watch.soft is not None and spent >= watch.soft:
+        due = self.watch.check()
+        if due == "soft":
             write_all(event("limit"))
             self.processes.signal(signal.SIGINT)
-            watch.stopped()
-        elif watch.hard is not None and spent >= watch.hard:
+            self.watch.stopped()
+        elif due == "hard":
             self.bury()
 
     def bury(self):
@@ -467,12 +304,10 @@ class Supervisor:
         self.processes.kill()
         write_all(b"".join(self.output()))
         for descriptor in (self.channel, *self.pipes):
-            try:
-                self.poll.unregister(descriptor)
-            except KeyError:
-                pass
+            self.forget(descriptor)
             os.close(descriptor)
         self.channel, self.pipes, self.pending, self.pending_bytes = None, {}, [], 0
+        self.is_blocked = False
         self.poll.modify(0, select.POLLIN)
         self.watch.end()
         status = self.processes.exit if self.processes.exit is not None else 0
@@ -490,7 +325,7 @@ class Supervisor:
                 resident_kib=resident,
             )
         )
-        self.processes.exit = None
+        self.processes.forget_worker()
 
     def leave(self):
         """The host is gone."""
@@ -540,7 +375,11 @@ def main():
     supervisor = Supervisor(boot)
     signal.set_wakeup_fd(wakeup[1], warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    fcntl.fcntl(0, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
+    for descriptor in (0, 1):
+        try:
+            fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # No pipe, or another system.
     try:
         supervisor.start()
         if supervisor.codes is not None:

@@ -11,10 +11,11 @@ import threading
 
 from . import saving
 
-READ_BYTES = 1 << 18
+READ_BYTES = 1 << 16
+LONG_BYTES = 1 << 20  # More than can lie in a buffer behind another answer.
 CHANNEL_BYTES = 1 << 20
 DESCRIPTOR_MIN = 256  # What cells open, and what they guess, lies below.
-_read, _writev, _getpid, _allocate = os.read, os.writev, os.getpid, threading.Lock
+_read, _readv, _writev, _getpid, _allocate = os.read, os.readv, os.writev, os.getpid, threading.Lock
 _len, _int, _view, _ident, _exit = len, int, memoryview, threading.get_ident, os._exit
 
 
@@ -24,6 +25,7 @@ class Carrier:
     def __init__(self):
         self.channel = self.pid = self.main = None
         self.buffer, self.number = bytearray(), 0
+        self.long = None  # A long answer: its number, its bytes, and how many of them are there.
         self.sending, self.state = _allocate(), _allocate()
         self.reading = False
         self.open, self.answers, self.waiting = set(), {}, {}
@@ -103,15 +105,32 @@ class Carrier:
                     self.reading = False
 
     def read(self):
-        """The next answer and its number. What came of an answer stays if a signal's handler raises."""
-        buffer = self.buffer
-        while _len(buffer) < 8:
-            self.fill()
-        end = 8 + _int.from_bytes(buffer[:4], "big")
-        while _len(buffer) < end:
-            self.fill()
-        number, message = _int.from_bytes(buffer[4:8], "big"), bytes(_view(buffer)[8:end])
-        del buffer[:end]
+        """The next answer and its number. What has come of an answer stays if a signal's handler raises."""
+        if self.long is None:
+            buffer = self.buffer
+            while _len(buffer) < 8:
+                self.fill()
+            length, number = _int.from_bytes(buffer[:4], "big"), _int.from_bytes(buffer[4:8], "big")
+            if length < LONG_BYTES:
+                while _len(buffer) < 8 + length:
+                    self.fill()
+                message = bytes(_view(buffer)[8 : 8 + length])
+                del buffer[: 8 + length]
+                return number, message
+            message = bytearray(length)
+            had = _len(buffer) - 8
+            message[:had] = buffer[8:]
+            buffer.clear()
+            self.long = [number, message, had]
+        long = self.long
+        number, message, had = long
+        with _view(message) as view:
+            while long[2] < _len(message):
+                read = _readv(self.channel, [view[long[2] :]])
+                if not read:
+                    _exit(0)
+                long[2] += read
+        self.long = None
         return number, message
 
     def fill(self):
@@ -213,11 +232,11 @@ def run(agent, carrier, channel, output, error, settings):
         agent.channel.is_elsewhere = carrier.is_elsewhere
         bound(settings)
         os.chdir(settings["scratch"])
+        agent.repairs.descriptors = descriptors
         agent.repairs.restore()
         signal.set_wakeup_fd(-1)
         while carrier.channel is not None:
             agent.turn()
-            descriptors.restore()
     finally:
         os._exit(0)
 

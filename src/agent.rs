@@ -373,7 +373,8 @@ impl Conversation {
         self.requests.is_empty()
     }
 
-    fn next_request(&mut self) -> Message {
+    /// What the guest has to do next; nothing when its turn is over.
+    pub(crate) fn next_request(&mut self) -> Message {
         match self.requests.pop_front() {
             Some(request) => {
                 self.unanswered += 1;

@@ -56,6 +56,8 @@ pub(super) struct Guest {
     pub(super) life: Box<dyn Life>,
     /// Whether there is a worker.
     pub(super) has_worker: bool,
+    /// The call by which the agent asks for something to do, if it has asked.
+    pub(super) idle: Option<u32>,
     /// Whether its Python can save variables.
     pub(super) dill: bool,
 }
@@ -73,9 +75,14 @@ impl Guest {
         options: &EnvironmentOptions,
     ) -> Result<Self> {
         let Started { reader, writer, life, surroundings } =
-            machine.start(&["-E", "-c", LOADER], options).await?;
-        let mut guest =
-            Self { link: Link::new(reader, writer), life, has_worker: false, dill: false };
+            machine.start(&["-c", LOADER], options).await?;
+        let mut guest = Self {
+            link: Link::new(reader, writer),
+            life,
+            has_worker: false,
+            idle: None,
+            dill: false,
+        };
         let code = compiled.0.get();
         let settings = json!({
             "scratch": surroundings.scratch,
@@ -163,7 +170,7 @@ impl Guest {
         };
         match tokio::time::timeout(START_TIME, ready).await {
             Ok(Ok(())) => {
-                self.has_worker = true;
+                (self.has_worker, self.idle) = (true, None);
                 Ok(())
             }
             Ok(Err(Error::Io { .. })) => Err(self.life.autopsy().await),

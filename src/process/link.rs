@@ -80,7 +80,7 @@ pub(super) enum Arrival {
     /// A call of the worker, with its number.
     Call {
         number: u32,
-        bytes: Vec<u8>,
+        bytes: Bytes,
     },
     Stdout(Bytes),
     Stderr(Bytes),
@@ -295,7 +295,7 @@ impl Link {
             return Ok(None);
         }
         self.partial.advance(CALL_HEAD_BYTES);
-        let bytes = self.partial.split_to(length).to_vec();
+        let bytes = self.partial.split_to(length).freeze();
         Ok(Some(Arrival::Call { number: u32::from_be_bytes(number), bytes }))
     }
 

@@ -79,6 +79,11 @@ impl Guest {
             "compute": limits.compute.as_secs_f64(),
             "grace": limits.grace.as_secs_f64(),
         }));
+        if let Some(number) = self.idle.take()
+            && let Err(error) = self.link.answer(number, conversation.next_request())
+        {
+            return (TurnEnd::Gone(error), Usage::default());
+        }
         let mut turn = Turn {
             guest: self,
             conversation,
@@ -161,11 +166,12 @@ impl Turn<'_> {
                 match self.conversation.answer(call)? {
                     Answer::Now(message) => {
                         // Only what the host has no more requests after is answered with nothing.
-                        let is_end = message == Message::default();
-                        self.guest.link.answer(number, message)?;
-                        if is_end {
+                        if message == Message::default() {
+                            // It's answered with what the next turn begins with.
+                            self.guest.idle = Some(number);
                             return self.end().await.map(Some);
                         }
+                        self.guest.link.answer(number, message)?;
                     }
                     Answer::Later(outside) => {
                         self.waiting.insert(number);
