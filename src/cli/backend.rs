@@ -66,7 +66,8 @@ impl BackendFlags {
 
     /// Refuses flags that mean nothing on the backend, the given ones of a session among them.
     pub(super) fn check(&self, session: &[(&'static str, bool)]) -> Result<(), Failure> {
-        let own = [("--python", self.python.is_some()), ("--setup-code", self.setup_code.is_some())];
+        let own =
+            [("--python", self.python.is_some()), ("--setup-code", self.setup_code.is_some())];
         let docker = self.docker.given();
         let all = own.iter().chain(session).chain(&docker);
         for (flag, _) in all.filter(|(_, is_given)| *is_given) {
@@ -121,7 +122,9 @@ fn refusal(backend: Kind, flag: &str) -> Option<&'static str> {
         ("--image", Local) => {
             "images are wasm's; --python names the interpreter, --setup-code what it begins with"
         }
-        ("--image", Docker) => "images of `kaa image` are wasm's; --docker-image names the container's",
+        ("--image", Docker) => {
+            "images of `kaa image` are wasm's; --docker-image names the container's"
+        }
         ("--wheel", Local | Docker) => "it is for setting up wasm; leave it out",
         ("--mount", Local) => {
             "nothing keeps cells from your files; they open them by their own paths. Take \
@@ -163,7 +166,11 @@ mod tests {
             ("--pids", &[Kind::Wasm, Kind::Local]),
         ] {
             for kind in Kind::value_variants() {
-                assert_eq!(refusal(*kind, flag).is_some(), refusers.contains(kind), "{flag} {kind:?}");
+                assert_eq!(
+                    refusal(*kind, flag).is_some(),
+                    refusers.contains(kind),
+                    "{flag} {kind:?}"
+                );
             }
         }
     }

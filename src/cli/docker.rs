@@ -5,12 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use kaa::ProgressFn;
-use kaa::docker::{DockerBackend, DockerHost, DockerOptions, Network, Pull};
+use kaa::docker::{
+    DockerBackend, DockerHost, DockerOptions, EngineReport, Network, Pull, examine as ask,
+};
+use kaa::{Capabilities, ProgressFn};
 
 use super::Failure;
-use super::session::Processes;
+use super::doctor::{Doctor, Finding, probe};
+use super::session::{self, Processes};
 use super::units::Span;
+
+/// What sessions in containers can do.
+pub(super) const CAPABILITIES: Option<Capabilities> = Some(DockerBackend::CAPABILITIES);
 
 /// How containers are made, as typed.
 #[derive(Debug, Clone, Default, Args)]
@@ -165,4 +171,84 @@ fn host(named: Option<String>) -> Result<DockerHost, Failure> {
             )))
         }
     }
+}
+
+/// What `kaa doctor` finds: whether sessions in containers can be saved; `None` when there can't be any.
+pub(super) fn examine(
+    doctor: &Doctor,
+    flags: DockerFlags,
+    python: Option<String>,
+) -> Result<Option<bool>, Failure> {
+    let plan = match flags.resolve(python, None) {
+        // There is no engine.
+        Err(Failure::Failed(reason)) => {
+            doctor.say(Finding::Missing, "docker engine", &reason)?;
+            return Ok(None);
+        }
+        plan => plan?,
+    };
+    let options = plan.0;
+    session::block_on(async {
+        let report = match ask(&options.host, &options.image).await {
+            Ok(report) => report,
+            Err(error) => {
+                doctor.say(
+                    Finding::Missing,
+                    "docker engine",
+                    &super::in_flags(&error.to_string()),
+                )?;
+                return Ok(None);
+            }
+        };
+        if !say_engine(doctor, &report, &options)? {
+            return Ok(None);
+        }
+        let options = DockerOptions { pull: Pull::Never, ..options };
+        let probe = match DockerBackend::connect(options, &|_| {}).await {
+            Ok(backend) => probe(&backend).await,
+            Err(error) => Err(super::in_flags(&error.to_string())),
+        };
+        match probe {
+            Ok(probe) => {
+                let remedy = "take an image that has it: see guest/Dockerfile and --docker-image";
+                doctor.probed("docker", &probe, remedy).map(Some)
+            }
+            Err(reason) => {
+                doctor.say(Finding::Missing, "docker python", &reason)?;
+                Ok(None)
+            }
+        }
+    })
+}
+
+/// Says what the engine said; whether a container can be tried.
+fn say_engine(
+    doctor: &Doctor,
+    report: &EngineReport,
+    options: &DockerOptions,
+) -> Result<bool, Failure> {
+    let EngineReport { engine, api, system, .. } = report;
+    let rootless = if report.is_rootless { ", rootless" } else { "" };
+    let text = format!("{engine} at {}, API {api}, {system}{rootless}", options.host.address);
+    doctor.say(Finding::Ok, "docker engine", &text)?;
+    if !report.missing_limits.is_empty() {
+        let missing = report.missing_limits.join(", ");
+        let text = format!(
+            "none of {missing}: rootless engines need cgroups v2, delegated to the user; \
+             --docker-allow-missing-limits does without"
+        );
+        doctor.say(Finding::Note, "docker limits", &text)?;
+    }
+    let default = &report.default_runtime;
+    let text = format!("{} (default: {default})", report.runtimes.join(" "));
+    doctor.say(Finding::Ok, "docker runtimes", &text)?;
+    let image = &options.image;
+    if report.has_image {
+        doctor.say(Finding::Ok, "docker image", &format!("{image} is there"))?;
+    } else {
+        let text =
+            format!("{image} isn't there: the first session pulls it, or `docker pull {image}`");
+        doctor.say(Finding::Note, "docker image", &text)?;
+    }
+    Ok(report.has_image)
 }

@@ -197,11 +197,7 @@ impl SessionFlags {
         Ok(())
     }
 
-    fn contexts(
-        &self,
-        stdin_taken: Option<&str>,
-        bytes_max: u64,
-    ) -> Result<Vec<Context>, Failure> {
+    fn contexts(&self, stdin_taken: Option<&str>, bytes_max: u64) -> Result<Vec<Context>, Failure> {
         let mut contexts = Vec::new();
         if let Some(path) = &self.context {
             if path == Path::new("-")

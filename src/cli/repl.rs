@@ -165,12 +165,10 @@ impl Repl {
             session::execute(self.branches.environment(), code, &mut self.interrupts).await
         });
         match execution {
-            Ok(execution) => {
-                self.show(&execution)?;
-                if session::is_lost(self.branches.environment()) {
-                    let loss = session::loss("the cell", &execution);
-                    self.console.complain(&format!("{loss}; {GO_ON}"));
-                }
+            Ok(execution) => self.show(&execution)?,
+            Err(kaa::Error::Poisoned { reason }) => {
+                let reason = in_flags(&reason);
+                self.console.complain(&format!("the session has no state ({reason}); {GO_ON}"));
             }
             Err(error) => {
                 self.console.complain(&in_flags(&error.to_string()));
@@ -197,8 +195,15 @@ impl Repl {
         for remark in session::remarks("the cell", execution) {
             self.console.note(&remark);
         }
-        if let kaa::Outcome::Exited { code } = execution.outcome {
+        let is_lost = session::is_lost(self.branches.environment());
+        if let kaa::Outcome::Exited { code } = execution.outcome
+            && !is_lost
+        {
             self.console.note(&format!("the cell exited with {code}; :quit ends the session"));
+        }
+        if is_lost {
+            let loss = session::loss("the cell", execution);
+            self.console.complain(&format!("{loss}; {GO_ON}"));
         }
         if let Some(answer) = &execution.final_answer {
             self.console.note(&format!("final answer: {answer}"));

@@ -1,5 +1,7 @@
 //! What the commands that run cells share: the store, the backend, the session, Ctrl-C.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,11 +19,12 @@ use super::progress::Display;
 use super::units::megabytes;
 use super::{Failure, in_flags};
 
+/// `PROTO` in CPython's Lib/pickle.py.
+const PICKLE: u8 = 0x80;
 const NOT_ISOLATED: &str = "local sessions are not isolated: their code can do whatever you can, \
                             with your files, your processes and your network";
-const DILL_HELP: &str = "the Python of the session has to have dill, which saves its variables: \
-                         install it there, as by `python3 -m pip install dill`, or name one that \
-                         has it with --python or --docker-image";
+const DILL_HELP: &str = "install it there, as by `python3 -m pip install dill`, or name a Python that \
+                         has it with --python, or an image with --docker-image";
 
 /// A session as it is meant: everything is read and checked.
 #[derive(Debug)]
@@ -209,6 +212,10 @@ fn wasm_image(
     plan: &Plan,
     display: &Display,
 ) -> Result<Image, Failure> {
+    if plan.snapshot_in.as_deref().is_some_and(is_pickle) {
+        let reason = "it is of a local or docker session; add --backend local or --backend docker";
+        return Err(Failure::usage("--snapshot-in", reason));
+    }
     let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
     let name = header.as_ref().map_or(name, |header| &header.image.name);
     let flag = if header.is_some() { "--snapshot-in" } else { "--image" };
@@ -238,6 +245,13 @@ fn refused(error: kaa::Error) -> Failure {
     }
 }
 
+/// Whether a file begins as the snapshots of processes do, which are pickles.
+pub(super) fn is_pickle(path: &Path) -> bool {
+    let mut first = [0];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut first));
+    read.is_ok() && first == [PICKLE]
+}
+
 fn without_dill(error: &kaa::Error) -> String {
     format!("{error}; {DILL_HELP}")
 }
@@ -249,7 +263,7 @@ pub(super) fn check_saving(environment: &dyn Environment) -> Result<(), Failure>
         return Ok(());
     }
     let backend = capabilities.backend;
-    let error = kaa::Error::Unsupported { backend, operation: "snapshot" };
+    let error = kaa::Error::Unsupported { backend, operation: "snapshot: its Python has no dill" };
     Err(Failure::usage("--snapshot-out", without_dill(&error)))
 }
 
@@ -265,7 +279,9 @@ pub(super) async fn save(
         }
         Err(kaa::Error::Poisoned { reason }) => {
             let file = path.display();
-            return Err(Failure::Failed(format!("{file} is not written: no state is left ({reason})")));
+            return Err(Failure::Failed(format!(
+                "{file} is not written: no state is left ({reason})"
+            )));
         }
         snapshot => snapshot?,
     };
