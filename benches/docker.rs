@@ -64,7 +64,7 @@ async fn bare(api: &Docker, has_sandbox: bool) -> Duration {
     api.start_container(&id, None).await.unwrap();
     let said = attached.output.next().await.unwrap().unwrap();
     let elapsed = since.elapsed();
-    assert_eq!(said.into_bytes().as_ref(), b"1\n");
+    assert_eq!(said.into_bytes().first(), Some(&b'1'));
     let force = RemoveContainerOptions { force: true, ..RemoveContainerOptions::default() };
     api.remove_container(&id, Some(force)).await.unwrap();
     elapsed
