@@ -98,8 +98,13 @@ impl BackendFlags {
 /// The interpreter of local sessions is the one that this user's shell would start.
 pub(super) fn local_options(python: Option<String>, setup_code: Option<String>) -> LocalOptions {
     let defaults = LocalOptions::default();
+    // A path begins here, not in the directory of the session.
+    let python = python.map(|python| match python.contains('/') {
+        true => std::path::absolute(&python).unwrap_or_else(|_| PathBuf::from(python)),
+        false => PathBuf::from(python),
+    });
     LocalOptions {
-        python: python.map_or(defaults.python, PathBuf::from),
+        python: python.unwrap_or(defaults.python),
         path: std::env::var("PATH").unwrap_or(defaults.path),
         setup_code,
     }
