@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kaa::{Execution, Profile, Usage};
+use kaa::{Environment, Execution, Profile, Usage};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -67,6 +67,7 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
         session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
         Ok::<_, Failure>(environment)
     })?;
+    let total = nothing_spent(&*environment);
     let mut repl = Repl {
         branches: Branches::new(environment),
         base,
@@ -75,7 +76,7 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
         interrupts,
         reactor,
         last: None,
-        total: Usage::default(),
+        total,
     };
     let result = repl.take_cells(&mut input).and_then(|()| repl.save_at_end());
     input.save();
@@ -296,9 +297,15 @@ impl Repl {
         })?;
         self.branches.forget();
         self.last = None;
-        self.total = Usage::default();
+        self.total = nothing_spent(self.branches.environment());
         Ok(())
     }
+}
+
+/// Usage before the first cell.
+fn nothing_spent(environment: &dyn Environment) -> Usage {
+    let fuel = environment.capabilities().fuel.then_some(0);
+    Usage { fuel, ..Usage::default() }
 }
 
 fn usage_text(usage: &Usage) -> String {
