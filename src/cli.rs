@@ -4,10 +4,16 @@
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
 
+mod backend;
 mod branches;
 mod complete;
 mod completion;
 mod console;
+#[cfg(feature = "docker")]
+mod docker;
+#[cfg(not(feature = "docker"))]
+#[path = "cli/without_docker.rs"]
+mod docker;
 mod doctor;
 mod flags;
 mod image;
@@ -41,7 +47,8 @@ Exit status, of the last cell:
   N    it ended itself with sys.exit(N); 134 when the guest aborted
   2    wrong usage: a flag, or a file that a flag names
   124  a limit stopped it: fuel, compute time or wall time
-  125  Kaa itself could not do its job
+  125  Kaa itself could not do its job, or a cell cost a local or docker session its state and there
+       were cells after it, which are not run then
   130  Ctrl-C
 A cell may exit with these numbers too; `kaa run --json` tells them apart.
 
@@ -51,6 +58,9 @@ Environment:
   OPENAI_API_KEY, ANTHROPIC_API_KEY
              keys for --model openai:NAME and anthropic:NAME, sent to these providers only; others
              are named with --key-env.
+  DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH
+             where the Docker engine is, unless --docker-host says, and its certificates.
+  PATH       where local sessions find programs: the only variable that they get unasked.
   http_proxy, https_proxy (also in capitals), no_proxy
              the way to models; never for this machine itself.
 
@@ -68,7 +78,8 @@ Exit status:
 /// Runs Python that nobody has read yet, in a WebAssembly sandbox.
 ///
 /// The code sees no files, no network and no environment variables of this machine unless a flag
-/// gives them, and can spend only so much time, memory and output.
+/// gives them, and can spend only so much time, memory and output. With --backend docker it runs in a
+/// container instead; with --backend local it is not isolated.
 #[derive(Debug, Parser)]
 #[command(name = "kaa", version, after_long_help = AFTER_HELP, subcommand_required = true)]
 struct Cli {
@@ -107,7 +118,7 @@ enum Command {
     #[command(subcommand)]
     Lm(lm::LmCommand),
     /// Say what works on this machine, and why the rest doesn't
-    Doctor,
+    Doctor(Box<doctor::DoctorFlags>),
 }
 
 /// How a command ended that could do its job.
@@ -145,25 +156,37 @@ impl Failure {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
-            Error::Invalid { what, reason } => Self::Usage(format!("{}: {reason}", flag_of(&what))),
+            Error::Invalid { .. } => Self::Usage(in_flags(&error.to_string())),
             Error::Internal(_) => Self::Failed(format!("{error}; please report it")),
-            other => Self::Failed(other.to_string()),
+            other => Self::Failed(in_flags(&other.to_string())),
         }
     }
 }
 
-/// What the user typed for a field of the library.
-fn flag_of(field: &str) -> &str {
-    match field {
-        "limits.memory_bytes" => "--memory",
-        "limits.output_bytes" => "--output",
-        "limits.disk_bytes" => "--disk",
-        "limits.fuel" => "--fuel",
-        "limits.compute" => "--compute",
-        "limits.wall" => "--wall",
-        "limits.grace" => "--grace",
-        other => other,
-    }
+/// Fields of the library, and the flags that set them.
+const FIELDS: &[(&str, &str)] = &[
+    ("limits.memory_bytes", "--memory"),
+    ("limits.output_bytes", "--output"),
+    ("limits.disk_bytes", "--disk"),
+    ("limits.fuel", "--fuel"),
+    ("limits.compute", "--compute"),
+    ("limits.wall", "--wall"),
+    ("limits.grace", "--grace"),
+    ("docker.host", "--docker-host"),
+    ("docker.image", "--docker-image"),
+    ("docker.network", "--docker-network"),
+    ("docker.runtime", "--docker-runtime"),
+    ("docker.user", "--docker-user"),
+    ("docker.python", "--python"),
+    ("docker.cpus", "--cpus"),
+    ("docker.pids", "--pids"),
+    ("setup_code", "--setup-code"),
+];
+
+/// A message of the library in words of the command line.
+fn in_flags(message: &str) -> String {
+    let start = message.to_owned();
+    FIELDS.iter().fold(start, |message, (field, flag)| message.replace(field, flag))
 }
 
 /// Runs the command that was typed.
@@ -175,7 +198,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Image(command) => image::run(command),
         Command::Snapshot(command) => snapshot::run(command),
         Command::Lm(command) => lm::run(command),
-        Command::Doctor => doctor::run(),
+        Command::Doctor(flags) => doctor::run(*flags),
     };
     if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {
         Console::new(false).complain(message);

@@ -28,6 +28,7 @@ pub use self::address::DockerHost;
 pub use self::backend::DockerBackend;
 use self::container::Container;
 use self::engine::{Engine, ImageFacts};
+pub use self::engine::{EngineReport, examine};
 use self::owner::Owner;
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
@@ -36,6 +37,15 @@ use crate::process::{Machine, Started};
 
 /// The backend's name.
 const BACKEND: &str = "docker";
+/// What sessions can do of themselves; whether there are snapshots, their Python decides.
+const CAPABILITIES: Capabilities = Capabilities {
+    backend: BACKEND,
+    isolated: true,
+    fuel: false,
+    rollback: false,
+    snapshot: false,
+    deterministic: false,
+};
 /// The fewest processes and threads with which a supervisor, a worker and their threads can live.
 const PIDS_MIN: u32 = 16;
 /// What an engine accepts as a share of a processor.
@@ -189,14 +199,7 @@ impl DockerMachine {
 #[async_trait]
 impl Machine for DockerMachine {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            backend: BACKEND,
-            isolated: true,
-            fuel: false,
-            rollback: false,
-            snapshot: false,
-            deterministic: false,
-        }
+        CAPABILITIES
     }
 
     fn check(&self, options: &EnvironmentOptions) -> Result<()> {

@@ -73,6 +73,16 @@ impl Default for LocalOptions {
 pub struct LocalBackend(ProcessBackend);
 
 impl LocalBackend {
+    /// What sessions in processes of this host can do. Snapshots there are where the Python has dill.
+    pub const CAPABILITIES: Capabilities = Capabilities {
+        backend: BACKEND,
+        isolated: false,
+        fuel: false,
+        rollback: false,
+        snapshot: false,
+        deterministic: false,
+    };
+
     /// Sessions whose processes are started like this.
     #[must_use]
     pub fn new(options: LocalOptions) -> Self {
@@ -112,14 +122,7 @@ struct LocalMachine {
 #[async_trait]
 impl Machine for LocalMachine {
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            backend: BACKEND,
-            isolated: false,
-            fuel: false,
-            rollback: false,
-            snapshot: false,
-            deterministic: false,
-        }
+        LocalBackend::CAPABILITIES
     }
 
     fn check(&self, options: &EnvironmentOptions) -> Result<()> {

@@ -230,22 +230,22 @@ fn the_json_object_has_exactly_these_keys_in_this_order() {
     let traceback = r#"Traceback (most recent call last):\n  File \"<cell 3>\", line 1, in <module>\n    1/0\n    ~^~\nZeroDivisionError: division by zero\n"#;
     let expected = [
         format!(
-            r#"{{"cell":1,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"out\n","stderr":"","stdout_bytes":4,"stderr_bytes":0,"stdout_truncated":false,"stderr_truncated":false,"value":"2","exception":null,"variables":[{{"name":"x","type":"int","repr":"1"}}],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
+            r#"{{"cell":1,"outcome":"completed","limit":null,"rolled_back":false,"poisoned":false,"exit_code":0,"stdout":"out\n","stderr":"","stdout_bytes":4,"stderr_bytes":0,"stdout_truncated":false,"stderr_truncated":false,"value":"2","exception":null,"variables":[{{"name":"x","type":"int","repr":"1"}}],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
         ),
         format!(
-            r#"{{"cell":2,"outcome":"completed","limit":null,"rolled_back":false,"exit_code":0,"stdout":"","stderr":"four\n","stdout_bytes":0,"stderr_bytes":5,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":null,"variables":[{{"name":"sys","type":"module","repr":"<module 'sys' (built-in)>"}},{{"name":"a","type":"str","repr":"'four'"}}],"final_answer":"four","lm_calls":[{{"model":"scripted","prompt":"2+2","response":"four","usage":[{{"model":"scripted","calls":1,"input_tokens":1,"output_tokens":1,"cost":null}}],"execution_ms":N}}],{usage}1}}}}"#
+            r#"{{"cell":2,"outcome":"completed","limit":null,"rolled_back":false,"poisoned":false,"exit_code":0,"stdout":"","stderr":"four\n","stdout_bytes":0,"stderr_bytes":5,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":null,"variables":[{{"name":"sys","type":"module","repr":"<module 'sys' (built-in)>"}},{{"name":"a","type":"str","repr":"'four'"}}],"final_answer":"four","lm_calls":[{{"model":"scripted","prompt":"2+2","response":"four","usage":[{{"model":"scripted","calls":1,"input_tokens":1,"output_tokens":1,"cost":null}}],"execution_ms":N}}],{usage}1}}}}"#
         ),
         format!(
-            r#"{{"cell":3,"outcome":"raised","limit":null,"rolled_back":false,"exit_code":1,"stdout":"","stderr":"{traceback}","stdout_bytes":0,"stderr_bytes":126,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":{{"type":"ZeroDivisionError","message":"division by zero","traceback":"{traceback}"}},"variables":[],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
+            r#"{{"cell":3,"outcome":"raised","limit":null,"rolled_back":false,"poisoned":false,"exit_code":1,"stdout":"","stderr":"{traceback}","stdout_bytes":0,"stderr_bytes":126,"stdout_truncated":false,"stderr_truncated":false,"value":null,"exception":{{"type":"ZeroDivisionError","message":"division by zero","traceback":"{traceback}"}},"variables":[],"final_answer":null,"lm_calls":[],{usage}0}}}}"#
         ),
     ];
     for (line, expected) in lines.iter().zip(&expected) {
         assert_eq!(line, expected);
     }
     assert_eq!(lines.len(), 4);
-    assert!(
-        lines[3].contains(r#""outcome":"exited","limit":null,"rolled_back":false,"exit_code":-3,"#)
-    );
+    assert!(lines[3].contains(
+        r#""outcome":"exited","limit":null,"rolled_back":false,"poisoned":false,"exit_code":-3,"#
+    ));
     assert_eq!(output.status.code(), Some(253));
     let limit =
         objects(here.path(), &["run", "--json", "--fuel", "50e6", "-c", "while True: pass"]);
@@ -733,7 +733,8 @@ fn doctor_says_what_works() {
         "ok       guest           compiled",
         "ok       a cell ",
         "ok       backend wasm    ready",
-        "missing  backend docker  not in this version",
+        "ok       backend local   ready, without any isolation",
+        "missing  backend modal   not in this version",
         "cpus",
         "cache",
         "checkpoints",

@@ -6,7 +6,7 @@ use kaa::{Environment, Limits, Snapshot};
 use tempfile::TempDir;
 
 use super::Failure;
-use super::session::Base;
+use super::session::{self, Base};
 
 /// Snapshots that a branch holds in memory, each with the pages that its cell changed; older ones
 /// become files.
@@ -53,9 +53,13 @@ impl Branches {
         (self.current + 1, self.branches.len())
     }
 
-    /// Remembers the state before a cell.
+    /// Remembers the state before a cell, where that costs nothing: a backend that saves variable by
+    /// variable would run code of the cells for it, and may leave some behind.
     pub(super) async fn remember(&mut self) {
         let branch = &mut self.branches[self.current];
+        if !branch.environment.capabilities().rollback {
+            return;
+        }
         let undo = match branch.environment.snapshot().await {
             Ok(snapshot) => Undo::Held(snapshot),
             Err(error) => Undo::Refused(error.to_string()),
@@ -93,6 +97,12 @@ impl Branches {
         cells: usize,
     ) -> Result<(), Failure> {
         let branch = &mut self.branches[self.current];
+        let kaa::Capabilities { backend, rollback, .. } = branch.environment.capabilities();
+        if !rollback {
+            let error = kaa::Error::Unsupported { backend, operation: "rewind" };
+            let help = ":save FILE keeps a state, and --snapshot-in FILE begins with it";
+            return Err(Failure::Usage(format!("{error}; {help}")));
+        }
         let Some(at) = branch.undo.len().checked_sub(cells).filter(|_| cells > 0) else {
             return Err(Failure::Usage(match branch.undo.len() {
                 0 => "there is no cell to undo".into(),
@@ -102,7 +112,7 @@ impl Branches {
         };
         let snapshot = match &branch.undo[at] {
             Undo::Held(snapshot) => snapshot.clone(),
-            Undo::File(path) => base.runtime.load_snapshot(path, limits)?,
+            Undo::File(path) => base.load(path, limits)?,
             Undo::Refused(reason) => {
                 return Err(Failure::Usage(format!(
                     "the state before that cell could not be saved ({reason}); rewind further"
@@ -116,11 +126,13 @@ impl Branches {
     }
 
     /// Makes a second session in this state and goes there; it can't be rewound to before this.
-    pub(super) async fn fork(&mut self) -> Result<(), Failure> {
+    /// Returns the names of what the copy is without.
+    pub(super) async fn fork(&mut self) -> Result<Option<String>, Failure> {
+        let snapshot = self.environment().snapshot().await?;
         let environment = self.environment().fork().await?;
         self.branches.push(Branch { environment, undo: Vec::new(), spilled: 0 });
         self.current = self.branches.len() - 1;
-        Ok(())
+        Ok(session::unsaved(&snapshot))
     }
 
     /// Goes to the session of this number.

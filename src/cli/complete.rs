@@ -15,7 +15,7 @@ use kaa::{
 use serde_json::{Value as Json, json};
 
 use super::console::{Console, excerpt};
-use super::flags::{SessionFlags, read};
+use super::flags::{SessionFlags, read_text};
 use super::session::{self, Plan};
 use super::units::{Count, Span};
 use super::{Ending, Failure};
@@ -111,11 +111,7 @@ enum DialectFlag {
 impl RunFlags {
     fn resolve(self) -> Result<RlmOptions, Failure> {
         let text = |flag: &str, path: Option<PathBuf>| {
-            let Some(path) = path else { return Ok(None) };
-            let bytes = read(flag, &path, PROMPT_BYTES_MAX)?;
-            let text = String::from_utf8(bytes);
-            text.map(Some)
-                .map_err(|_| Failure::usage(flag, format!("{} is not UTF-8", path.display())))
+            path.map(|path| read_text(flag, &path, PROMPT_BYTES_MAX)).transpose()
         };
         let budget = BudgetLimits {
             calls: self.max_calls.0,
@@ -163,7 +159,9 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
     if plan.options.profile != Profile::Rlm {
         return Err(Failure::usage("--profile", "the loop speaks the profile `rlm` only"));
     }
-    let base = session::prepare(&plan, console)?;
+    let reactor = tokio::runtime::Runtime::new()
+        .map_err(|e| Failure::Failed(format!("starting the runtime: {e}")))?;
+    let base = session::prepare(&plan, console, &reactor)?;
     let Plan { options: environment, root_model, mut contexts, variables, snapshot_out, .. } = plan;
     let context = match contexts.len() {
         0 => Context::Text(flags.question.clone().into_bytes()),
@@ -177,9 +175,7 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
     options.tools =
         variables.into_iter().map(|(name, value)| RlmTool::value(name, value)).collect();
     options.observer = Some(Arc::clone(&display) as _);
-    let rlm = Rlm::new(Arc::new(base.backend()?), lm, options).map_err(named)?;
-    let reactor = tokio::runtime::Runtime::new()
-        .map_err(|e| Failure::Failed(format!("starting the runtime: {e}")))?;
+    let rlm = Rlm::new(base.backend()?, lm, options).map_err(named)?;
     let question = Some(flags.question.as_str());
     let ending = reactor.block_on(async {
         let Some(path) = &snapshot_out else {
@@ -191,6 +187,7 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
             Ok(session) => session,
             Err(error) => return show(Err(Ended::Run(error)), console, flags.json),
         };
+        session::check_saving(session.environment())?;
         let result = cancellable(&rlm, session.complete(context, question)).await;
         display.finish();
         let answered = result.is_ok();
@@ -199,6 +196,7 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
         if answered {
             session::save(session.environment(), path, console).await?;
         }
+        session.close().await?;
         Ok(ending)
     });
     reactor.shutdown_background();

@@ -1,14 +1,19 @@
 //! `kaa doctor`: what works on this machine, and why the rest doesn't.
 
+mod backends;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use clap::Args;
 use kaa::wasm::{DirtyPages, dirty_pages_method};
 use kaa::{EnvironmentExt, EnvironmentOptions, Runtime, Store};
 
+pub(super) use self::backends::probe;
 use super::console::Console;
+use super::docker::{self, DockerFlags};
 use super::units::{Size, megabytes};
 use super::{Ending, Failure, session};
 
@@ -21,21 +26,31 @@ const SET_UP_BYTES: u64 = 700_000_000;
 /// What compiling the guest takes at its peak, roughly.
 const COMPILE_BYTES: u64 = 3 << 30;
 
+/// What is looked at beside the machine.
+#[derive(Debug, Args)]
+pub(super) struct DoctorFlags {
+    /// Interpreter of local sessions, and of containers [default: python3]
+    #[arg(long, value_name = "PROGRAM")]
+    python: Option<String>,
+    #[command(flatten)]
+    docker: DockerFlags,
+}
+
 /// How something is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Finding {
+pub(super) enum Finding {
     Ok,
     Note,
     Missing,
 }
 
-struct Doctor {
+pub(super) struct Doctor {
     console: Console,
     /// Whether a finding keeps the Wasm backend from working.
     unusable: bool,
 }
 
-pub(super) fn run() -> Result<Ending, Failure> {
+pub(super) fn run(flags: DoctorFlags) -> Result<Ending, Failure> {
     let mut doctor = Doctor { console: Console::new(false), unusable: false };
     doctor.machine()?;
     doctor.memory()?;
@@ -49,12 +64,15 @@ pub(super) fn run() -> Result<Ending, Failure> {
     };
     doctor.python(ready)?;
     doctor.free_space(&path, ready)?;
-    doctor.backends(ready)?;
+    let local = doctor.local(flags.python.clone())?;
+    let docker = docker::examine(&doctor, flags.docker, flags.python)?;
+    doctor.backends(ready, local, docker)?;
+    doctor.table(local, docker)?;
     Ok(if doctor.unusable { Ending::Unusable } else { Ending::Done })
 }
 
 impl Doctor {
-    fn say(&self, finding: Finding, what: &str, text: &str) -> Result<(), Failure> {
+    pub(super) fn say(&self, finding: Finding, what: &str, text: &str) -> Result<(), Failure> {
         let finding = match finding {
             Finding::Ok => "ok",
             Finding::Note => "note",
@@ -255,20 +273,6 @@ impl Doctor {
             return self.say(Finding::Missing, "disk", &text);
         }
         self.say(Finding::Ok, "disk", &text)
-    }
-
-    fn backends(&self, ready: bool) -> Result<(), Failure> {
-        match (self.unusable, ready) {
-            (true, _) => self.say(Finding::Missing, "backend wasm", "see above")?,
-            (false, true) => self.say(Finding::Ok, "backend wasm", "ready")?,
-            (false, false) => {
-                self.say(Finding::Ok, "backend wasm", "will be set up by the first use")?;
-            }
-        }
-        for backend in ["local", "docker", "modal"] {
-            self.say(Finding::Missing, &format!("backend {backend}"), "not in this version")?;
-        }
-        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@ use kaa::{
 };
 
 use super::Failure;
+use super::backend::{BackendFlags, Kind};
 use super::models::LmFlags;
 use super::session::Plan;
 use super::units::{Count, Size, Span};
@@ -22,26 +23,20 @@ const CLOCK_SECONDS_MAX: u64 = u64::MAX / 1_000_000_000;
 /// What a session starts from, may reach and may spend.
 #[derive(Debug, Args)]
 pub(super) struct SessionFlags {
-    /// Image that the session starts from; see `kaa image list`
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "base",
-        help_heading = "Session",
-        conflicts_with = "snapshot_in"
-    )]
-    image: String,
-    /// Snapshot file to go on from, instead of an image: with its variables, its files in /tmp, its
-    /// profile, and unless given here its seed and clock
-    #[arg(long, value_name = "FILE", help_heading = "Session", conflicts_with = "profile")]
+    /// Image that a wasm session starts from; see `kaa image list` [default: base]
+    #[arg(long, value_name = "NAME", help_heading = "Session", conflicts_with = "snapshot_in")]
+    image: Option<String>,
+    /// Snapshot file of the same backend to go on from, with its variables; on wasm also with its
+    /// image, its files in /tmp, its profile, and unless given here its seed and clock
+    #[arg(long, value_name = "FILE", help_heading = "Session")]
     snapshot_in: Option<PathBuf>,
     /// File to save the session to when it ends; whoever reads it sees all variables
     #[arg(long, value_name = "FILE", help_heading = "Session")]
     snapshot_out: Option<PathBuf>,
     /// Dialect of helpers that cells find: `rlm` has context, llm_query and answer; `openenv` also
-    /// prints the last value
-    #[arg(long, value_enum, default_value = "rlm", help_heading = "Session")]
-    profile: ProfileFlag,
+    /// prints the last value [default: rlm]
+    #[arg(long, value_enum, help_heading = "Session")]
+    profile: Option<ProfileFlag>,
     /// Text that cells find as `context`, exactly as it is in the file; `-` reads stdin. Must be
     /// UTF-8
     #[arg(long, value_name = "FILE|-", help_heading = "Session")]
@@ -52,22 +47,22 @@ pub(super) struct SessionFlags {
     /// Variable that cells find, its value in JSON; may be repeated
     #[arg(long, value_name = "NAME=JSON", value_parser = variable, help_heading = "Session")]
     var: Vec<(String, Value)>,
-    /// Makes all randomness of the session reproducible
+    /// Makes all randomness of a wasm session reproducible
     #[arg(long, value_name = "NUMBER", help_heading = "Session")]
     seed: Option<u64>,
-    /// Lets the session's clock start at this time, in seconds since 1970, and move only with the
+    /// Lets the clock of a wasm session start at this time, in seconds since 1970, and move only with the
     /// session's own steps; with --seed every run is the same
     #[arg(
         long, value_name = "SECONDS", help_heading = "Session",
         value_parser = clap::value_parser!(u64).range(..=CLOCK_SECONDS_MAX)
     )]
     fixed_clock: Option<u64>,
-    /// Wheel of the guest, if it has to be set up on a machine without network
+    /// Wheel of the wasm guest, if it has to be set up on a machine without network
     #[arg(long, value_name = "PATH", help_heading = "Session")]
     wheel: Option<PathBuf>,
 
     /// Host directory that cells see at the path GUEST, read-only unless `:rw` follows; may be
-    /// repeated
+    /// repeated. Local cells see all of yours anyway
     #[arg(long, value_name = "HOST:GUEST[:rw]", value_parser = mount, help_heading = "Reach")]
     mount: Vec<Mount>,
     /// Environment variable that cells see; NAME alone copies it from here; may be repeated
@@ -81,6 +76,8 @@ pub(super) struct SessionFlags {
     allow_import: Vec<String>,
     #[command(flatten)]
     lm: LmFlags,
+    #[command(flatten)]
+    backend: BackendFlags,
 
     #[command(flatten)]
     limits: LimitFlags,
@@ -90,21 +87,18 @@ pub(super) struct SessionFlags {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
 struct LimitFlags {
-    /// Work per cell, in units of about one WebAssembly instruction; the same code costs the same
-    /// everywhere
-    #[arg(
-        long, value_name = "UNITS", value_parser = fuel,
-        default_value_t = Count(Limits::default().fuel)
-    )]
-    fuel: Count,
+    /// Work per cell of wasm, in units of about one WebAssembly instruction; the same code costs the
+    /// same everywhere [default: 1e12]
+    #[arg(long, value_name = "UNITS", value_parser = fuel)]
+    fuel: Option<Count>,
     /// Time per cell that Python computes, not waits: `10`, `10s`, `500ms`, `2m`
     #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().compute))]
     compute: Span,
     /// Time per cell from begin to end
     #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().wall))]
     wall: Span,
-    /// Compute time to end by itself for a cell that a limit stops; after it the session goes back
-    /// to the state before the cell
+    /// Compute time to end by itself for a cell that a limit stops; after it a wasm session goes back
+    /// to the state before the cell, and another one loses its state
     #[arg(long, value_name = "SECONDS", default_value_t = Span(Limits::default().grace))]
     grace: Span,
     /// Memory of the session in bytes, Python itself included: `512M`, `2G`; 64M to 4G
@@ -119,7 +113,7 @@ struct LimitFlags {
         default_value_t = Size(Limits::default().output_bytes)
     )]
     output: Size,
-    /// Bytes of files in the session's /tmp, and written to mounts
+    /// Bytes of files in the session's /tmp, and written to mounts; local: of each file
     #[arg(long, value_name = "BYTES", default_value_t = Size(Limits::default().disk_bytes))]
     disk: Size,
     /// Prompts that a cell may send to language models
@@ -139,25 +133,9 @@ enum ProfileFlag {
 impl SessionFlags {
     /// What is meant. Reads the files that flags name; `stdin_taken` says by what stdin is read.
     pub(super) fn resolve(self, stdin_taken: Option<&str>) -> Result<Plan, Failure> {
+        self.check_backend()?;
         let limits = self.limits.resolve();
-        let mut contexts = Vec::new();
-        if let Some(path) = &self.context {
-            if path == Path::new("-")
-                && let Some(other) = stdin_taken
-            {
-                return Err(Failure::usage("--context -", format!("stdin is already {other}")));
-            }
-            contexts.push(Context::Text(read("--context", path, limits.memory_bytes)?));
-        }
-        if let Some(path) = &self.context_json {
-            if path == Path::new("-") {
-                return Err(Failure::usage(
-                    "--context-json",
-                    "stdin can't be used here; name a file",
-                ));
-            }
-            contexts.push(Context::Json(read("--context-json", path, limits.memory_bytes)?));
-        }
+        let contexts = self.contexts(stdin_taken, limits.memory_bytes)?;
         if let Some(wheel) = &self.wheel {
             exists("--wheel", wheel)?;
         }
@@ -177,8 +155,8 @@ impl SessionFlags {
         };
         policy.validate()?;
         let profile = match self.profile {
-            ProfileFlag::Rlm => Profile::Rlm,
-            ProfileFlag::Openenv => Profile::OpenEnv,
+            None | Some(ProfileFlag::Rlm) => Profile::Rlm,
+            Some(ProfileFlag::Openenv) => Profile::OpenEnv,
         };
         // Loops of children, too, are the root model's; their depth alone would say otherwise.
         let root_model = lm.as_ref().and_then(|router| {
@@ -191,8 +169,7 @@ impl SessionFlags {
             check_snapshot_out(path)?;
         }
         Ok(Plan {
-            image: self.image,
-            wheel: self.wheel,
+            place: self.backend.resolve(self.image, self.wheel)?,
             options,
             root_model,
             contexts,
@@ -201,12 +178,53 @@ impl SessionFlags {
             snapshot_out: self.snapshot_out,
         })
     }
+
+    /// Refuses what means nothing on the backend: no flag is ever ignored.
+    fn check_backend(&self) -> Result<(), Failure> {
+        self.backend.check(&[
+            ("--fuel", self.limits.fuel.is_some()),
+            ("--image", self.image.is_some()),
+            ("--wheel", self.wheel.is_some()),
+            ("--seed", self.seed.is_some()),
+            ("--fixed-clock", self.fixed_clock.is_some()),
+            ("--mount", !self.mount.is_empty()),
+        ])?;
+        let is_in_snapshot = self.backend.kind() == Kind::Wasm && self.snapshot_in.is_some();
+        if is_in_snapshot && self.profile.is_some() {
+            let reason = "it cannot be used with --snapshot-in: the snapshot has its own";
+            return Err(Failure::usage("--profile", reason));
+        }
+        Ok(())
+    }
+
+    fn contexts(&self, stdin_taken: Option<&str>, bytes_max: u64) -> Result<Vec<Context>, Failure> {
+        let mut contexts = Vec::new();
+        if let Some(path) = &self.context {
+            if path == Path::new("-")
+                && let Some(other) = stdin_taken
+            {
+                return Err(Failure::usage("--context -", format!("stdin is already {other}")));
+            }
+            contexts.push(Context::Text(read("--context", path, bytes_max)?));
+        }
+        if let Some(path) = &self.context_json {
+            if path == Path::new("-") {
+                return Err(Failure::usage(
+                    "--context-json",
+                    "stdin can't be used here; name a file",
+                ));
+            }
+            contexts.push(Context::Json(read("--context-json", path, bytes_max)?));
+        }
+        Ok(contexts)
+    }
 }
 
 impl LimitFlags {
     fn resolve(&self) -> Limits {
+        let fuel = self.fuel.map_or(Limits::default().fuel, |units| units.0);
         Limits {
-            fuel: self.fuel.0,
+            fuel,
             compute: self.compute.0,
             wall: self.wall.0,
             grace: self.grace.0,
@@ -235,6 +253,14 @@ pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, F
         return Err(Failure::usage(flag, reason));
     }
     Ok(bytes)
+}
+
+/// Reads a file of text.
+pub(super) fn read_text(flag: &str, path: &Path, bytes_max: u64) -> Result<String, Failure> {
+    String::from_utf8(read(flag, path, bytes_max)?).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Failure::usage(flag, format!("{} is not UTF-8 at byte {at}", path.display()))
+    })
 }
 
 /// Whether a snapshot can be written there, before a session runs that would be lost.

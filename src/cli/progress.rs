@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kaa::Progress;
 
 use super::console::Console;
+use super::units::megabytes;
 
 /// Shows what [`kaa::Runtime`] reports.
 pub(super) struct Display {
@@ -34,8 +35,11 @@ impl Display {
                 *open = Some((step, bar));
             }
             Progress::Advance { bytes } => {
-                if let Some((_, Some(bar))) = &*open {
+                if let Some((step, Some(bar))) = &*open {
                     bar.set_position(bytes);
+                    if bar.length().is_none() {
+                        bar.set_message(format!("{step} {}", megabytes(bytes)));
+                    }
                 }
             }
             Progress::End { detail, elapsed } => {

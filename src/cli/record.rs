@@ -1,7 +1,7 @@
 //! The JSON object of a cell, with its keys in the documented order.
 
 use kaa::lm::{ModelUsage, Prompt};
-use kaa::{Execution, LmCall, Usage};
+use kaa::{Execution, LmCall, Status, Usage};
 use serde::Serialize;
 use serde_json::Value as Json;
 use std::borrow::Cow;
@@ -15,6 +15,8 @@ struct Record<'a> {
     outcome: &'static str,
     limit: Option<&'static str>,
     rolled_back: bool,
+    /// Whether the session has lost its state.
+    poisoned: bool,
     exit_code: i32,
     stdout: Cow<'a, str>,
     stderr: Cow<'a, str>,
@@ -75,12 +77,13 @@ struct UsageRecord {
 }
 
 /// The object of the cell with this number, counted from 1, as one line without its newline.
-pub(super) fn line(cell: usize, execution: &Execution) -> String {
+pub(super) fn line(cell: usize, execution: &Execution, status: Status) -> String {
     let record = Record {
         cell,
         outcome: execution.outcome.name(),
         limit: execution.limit.map(kaa::Limit::name),
         rolled_back: execution.rolled_back,
+        poisoned: status == Status::Poisoned,
         exit_code: cell_code(execution.outcome),
         stdout: execution.stdout.text(),
         stderr: execution.stderr.text(),

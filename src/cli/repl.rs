@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kaa::{Execution, Profile, Usage};
+use kaa::{Environment, Execution, Profile, Usage};
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
@@ -20,17 +20,19 @@ use super::console::Console;
 use super::flags::SessionFlags;
 use super::session::{self, Base, Plan};
 use super::units::megabytes;
-use super::{Ending, Failure};
+use super::{Ending, Failure, in_flags};
 
 const PROMPT: &str = ">>> ";
 const PROMPT_MORE: &str = "... ";
 const INDENT: &str = "    ";
+/// What to do when a session has lost its state.
+const GO_ON: &str = ":reset begins anew, with the contexts and variables of the command line";
 const HISTORY_LINES_MAX: usize = 10_000;
 const HELP: &str = "\
 An empty line ends a block. Ctrl-C stops the running cell, Ctrl-D ends the session.
 :vars        list the variables
 :usage       what the last cell and the session have spent
-:rewind [N]  undo the last cell, or the last N, with all that they changed
+:rewind [N]  undo the last cell, or the last N, with all that they changed (wasm)
 :fork        go on in a copy of the session; the first one stays as it is
 :go N        go to session N of those that were forked
 :save FILE   save the session, for --snapshot-in
@@ -53,22 +55,19 @@ pub(super) struct ReplFlags {
 pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
     let console = Console::new(flags.quiet);
     let plan = flags.session.resolve(Some("where cells are typed"))?;
-    let base = session::prepare(&plan, console)?;
-    let mut input = Input::open(base.runtime.store().root().join("history"))?;
-    if matches!(input, Input::Keyboard { .. }) {
-        let manifest = base.image.manifest();
-        console.note(&format!(
-            "Python {} in WebAssembly, image `{}`. :help shows the commands.",
-            manifest.python, manifest.name
-        ));
-    }
     let reactor = session::reactor()?;
+    let base = session::prepare(&plan, console, &reactor)?;
+    let mut input = Input::open()?;
+    if matches!(input, Input::Keyboard { .. }) {
+        console.note(&format!("{}. :help shows the commands.", base.what()));
+    }
     let interrupts = reactor.block_on(async { session::interrupts() })?;
     let environment = reactor.block_on(async {
-        let mut environment = base.open(plan.options.clone())?;
+        let mut environment = base.open(&plan).await?;
         session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
         Ok::<_, Failure>(environment)
     })?;
+    let total = nothing_spent(&*environment);
     let mut repl = Repl {
         branches: Branches::new(environment),
         base,
@@ -77,7 +76,7 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
         interrupts,
         reactor,
         last: None,
-        total: Usage::default(),
+        total,
     };
     let result = repl.take_cells(&mut input).and_then(|()| repl.save_at_end());
     input.save();
@@ -167,15 +166,19 @@ impl Repl {
             session::execute(self.branches.environment(), code, &mut self.interrupts).await
         });
         match execution {
-            Ok(execution) => self.show(&execution),
+            Ok(execution) => self.show(&execution)?,
+            Err(kaa::Error::Poisoned { reason }) => {
+                let reason = in_flags(&reason);
+                self.console.complain(&format!("the session has no state ({reason}); {GO_ON}"));
+            }
             Err(error) => {
-                self.console.complain(&error.to_string());
-                if error.poisons() {
-                    self.console.complain("the session is lost; :reset begins anew");
+                self.console.complain(&in_flags(&error.to_string()));
+                if error.poisons() || session::is_lost(self.branches.environment()) {
+                    self.console.complain(&format!("the session is lost; {GO_ON}"));
                 }
-                Ok(())
             }
         }
+        Ok(())
     }
 
     fn show(&mut self, execution: &Execution) -> Result<(), Failure> {
@@ -193,14 +196,23 @@ impl Repl {
         for remark in session::remarks("the cell", execution) {
             self.console.note(&remark);
         }
-        if let kaa::Outcome::Exited { code } = execution.outcome {
+        let is_lost = session::is_lost(self.branches.environment());
+        if let kaa::Outcome::Exited { code } = execution.outcome
+            && !is_lost
+        {
             self.console.note(&format!("the cell exited with {code}; :quit ends the session"));
+        }
+        if is_lost {
+            let loss = session::loss("the cell", execution);
+            self.console.complain(&format!("{loss}; {GO_ON}"));
         }
         if let Some(answer) = &execution.final_answer {
             self.console.note(&format!("final answer: {answer}"));
         }
         let (total, usage) = (&mut self.total, &execution.usage);
-        total.fuel = Some(total.fuel.unwrap_or(0) + usage.fuel.unwrap_or(0));
+        if let Some(fuel) = usage.fuel {
+            total.fuel = Some(total.fuel.unwrap_or(0) + fuel);
+        }
         total.compute += usage.compute;
         total.wall += usage.wall;
         total.host_wait += usage.host_wait;
@@ -251,8 +263,11 @@ impl Repl {
             }
             ":fork" => {
                 let (from, _) = self.branches.place();
-                self.reactor.block_on(self.branches.fork())?;
+                let unsaved = self.reactor.block_on(self.branches.fork())?;
                 let (number, _) = self.branches.place();
+                if let Some(names) = unsaved {
+                    self.console.complain(&format!("the copy is without {names}"));
+                }
                 self.console.note(&format!("session {number}, a copy of session {from}"));
             }
             ":go" => self.branches.go_to(number(None)?)?,
@@ -282,16 +297,22 @@ impl Repl {
         })?;
         self.branches.forget();
         self.last = None;
-        self.total = Usage::default();
+        self.total = nothing_spent(self.branches.environment());
         Ok(())
     }
 }
 
+/// Usage before the first cell.
+fn nothing_spent(environment: &dyn Environment) -> Usage {
+    let fuel = environment.capabilities().fuel.then_some(0);
+    Usage { fuel, ..Usage::default() }
+}
+
 fn usage_text(usage: &Usage) -> String {
+    let fuel = usage.fuel.map(|fuel| format!("{fuel} fuel, ")).unwrap_or_default();
     format!(
-        "{} fuel, {:.3} s computed, {:.3} s waited, {:.3} s in all, {} of memory, {} LM calls, \
+        "{fuel}{:.3} s computed, {:.3} s waited, {:.3} s in all, {} of memory, {} LM calls, \
          {} tool calls",
-        usage.fuel.unwrap_or(0),
         usage.compute.as_secs_f64(),
         usage.host_wait.as_secs_f64(),
         usage.wall.as_secs_f64(),
@@ -316,10 +337,11 @@ enum Line {
 }
 
 impl Input {
-    fn open(history: PathBuf) -> Result<Self, Failure> {
+    fn open() -> Result<Self, Failure> {
         if !io::stdin().is_terminal() {
             return Ok(Self::Pipe);
         }
+        let history = session::store()?.root().join("history");
         let failed = |e: ReadlineError| Failure::Failed(format!("reading the terminal: {e}"));
         let config = Config::builder()
             .max_history_size(HISTORY_LINES_MAX)

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kaa::{Environment, Execution, Limit};
+use kaa::{Environment, Execution, Limit, Status};
 
 use super::console::Console;
-use super::flags::{SessionFlags, read};
+use super::flags::{SessionFlags, read_text};
 use super::session::{self, Plan};
 use super::{Ending, Failure, record};
 
@@ -50,10 +50,11 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
     let stdin_taken = flags.file.as_deref().is_some_and(|path| path == Path::new("-"));
     let cells = cells(flags.file.as_deref(), flags.cells, flags.code)?;
     let plan = flags.session.resolve(stdin_taken.then_some("the cell's code"))?;
-    let base = session::prepare(&plan, console)?;
-    let result = session::block_on(async {
-        let Plan { options, contexts, variables, snapshot_out, .. } = plan;
-        let mut environment = base.open(options)?;
+    let reactor = session::reactor()?;
+    let base = session::prepare(&plan, console, &reactor)?;
+    let result = reactor.block_on(async {
+        let mut environment = base.open(&plan).await?;
+        let Plan { contexts, variables, snapshot_out, .. } = plan;
         let result = async {
             session::fill(&mut *environment, contexts, variables).await?;
             let ending = run_cells(&mut *environment, &cells, console, flags.json).await?;
@@ -68,6 +69,7 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
         closed?;
         Ok(ending)
     });
+    reactor.shutdown_background();
     // Unmapping what the process is about to lose anyway takes as long as running a cell.
     std::mem::forget(base);
     result
@@ -77,11 +79,7 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
 fn cells(file: Option<&Path>, split: bool, codes: Vec<String>) -> Result<Vec<Cell>, Failure> {
     let mut cells = Vec::new();
     if let Some(path) = file {
-        let bytes = read("FILE", path, SOURCE_BYTES_MAX)?;
-        let text = String::from_utf8(bytes).map_err(|e| {
-            let at = e.utf8_error().valid_up_to();
-            Failure::usage("FILE", format!("{} is not UTF-8 at byte {at}", path.display()))
-        })?;
+        let text = read_text("FILE", path, SOURCE_BYTES_MAX)?;
         let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
         match split {
             true => cells.extend(split_cells(text)),
@@ -126,13 +124,18 @@ async fn run_cells(
     let mut final_answer = None;
     for (number, cell) in (1..).zip(cells) {
         let execution = session::execute(environment, &cell.code, &mut interrupts).await?;
+        let name = cell_name(number, cells.len(), &cell.title);
+        let status = environment.status();
         if json {
-            console.line(&record::line(number, &execution))?;
+            console.line(&record::line(number, &execution, status))?;
         } else {
-            show(&cell_name(number, cells.len(), &cell.title), &execution, console)?;
+            show(&name, &execution, console)?;
         }
         if execution.limit == Some(Limit::Interrupt) {
             return Ok(Ending::Interrupted);
+        }
+        if status == Status::Poisoned {
+            lost(&name, &execution, cells.len() - number, console)?;
         }
         ending = Ending::Cell(execution.outcome);
         final_answer = execution.final_answer.or(final_answer);
@@ -141,6 +144,20 @@ async fn run_cells(
         console.note(&format!("final answer: {answer}"));
     }
     Ok(ending)
+}
+
+/// A cell cost the session its state. Those after it were written for that state: without it they
+/// would do something else than was meant.
+fn lost(name: &str, execution: &Execution, left: usize, console: Console) -> Result<(), Failure> {
+    let words = session::loss(name, execution);
+    match left {
+        0 => {
+            console.note(&words);
+            Ok(())
+        }
+        1 => Err(Failure::Failed(format!("{words}; the cell after it was not run"))),
+        left => Err(Failure::Failed(format!("{words}; the {left} cells after it were not run"))),
+    }
 }
 
 fn cell_name(number: usize, count: usize, title: &str) -> String {

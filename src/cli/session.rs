@@ -1,25 +1,35 @@
-//! What the commands that run cells share: the store, the image, the session, Ctrl-C.
+//! What the commands that run cells share: the store, the backend, the session, Ctrl-C.
 
-use std::future::Future;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Execution, Image, Limit, Outcome,
-    Runtime, Snapshot, Store, Value, WasmBackend, inspect_snapshot,
+    Backend, Capabilities, Context, Environment, EnvironmentExt, EnvironmentOptions, Execution,
+    Image, Limit, Limits, LocalBackend, LocalOptions, Outcome, Runtime, Snapshot, Status, Store,
+    Value, WasmBackend, inspect_snapshot,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::Failure;
+use super::backend::Place;
 use super::console::Console;
 use super::progress::Display;
 use super::units::megabytes;
+use super::{Failure, in_flags};
+
+/// `PROTO` in CPython's Lib/pickle.py.
+const PICKLE: u8 = 0x80;
+const NOT_ISOLATED: &str = "local sessions are not isolated: their code can do whatever you can, \
+                            with your files, your processes and your network";
+const DILL_HELP: &str = "install it there, as by `python3 -m pip install dill`, or name a Python that \
+                         has it with --python, or an image with --docker-image";
 
 /// A session as it is meant: everything is read and checked.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) image: String,
-    pub(super) wheel: Option<PathBuf>,
+    pub(super) place: Place,
     pub(super) options: EnvironmentOptions,
     /// The model of a loop's own calls, where it's another than that of cells.
     pub(super) root_model: Option<String>,
@@ -31,38 +41,122 @@ pub(super) struct Plan {
 
 /// What sessions begin with.
 pub(super) struct Base {
-    pub(super) runtime: Arc<Runtime>,
-    pub(super) image: Image,
+    source: Source,
     snapshot: Option<Snapshot>,
 }
 
+/// Where sessions come from.
+enum Source {
+    Wasm { runtime: Arc<Runtime>, image: Image },
+    Processes(Processes),
+}
+
+/// A backend whose sessions are processes.
+pub(super) struct Processes {
+    pub(super) backend: Arc<dyn Backend>,
+    /// Reads a snapshot file.
+    pub(super) load: Box<dyn Fn(&Path) -> kaa::Result<Snapshot>>,
+    /// What a session is, for who sits in front of it.
+    pub(super) what: String,
+}
+
 impl Base {
-    /// A new session.
-    pub(super) fn open(
-        &self,
-        options: EnvironmentOptions,
-    ) -> Result<Box<dyn Environment>, Failure> {
-        Ok(Box::new(match &self.snapshot {
-            Some(snapshot) => self.runtime.resume(snapshot, options).map_err(refused)?,
-            None => self.runtime.environment(&self.image, options)?,
-        }))
+    /// A new session, which can do what the plan wants of it.
+    pub(super) async fn open(&self, plan: &Plan) -> Result<Box<dyn Environment>, Failure> {
+        let options = plan.options.clone();
+        let mut environment: Box<dyn Environment> = match (&self.source, &self.snapshot) {
+            (Source::Wasm { runtime, .. }, Some(snapshot)) => {
+                Box::new(runtime.resume(snapshot, options).map_err(refused)?)
+            }
+            (Source::Wasm { runtime, image }, None) => {
+                Box::new(runtime.environment(image, options)?)
+            }
+            (Source::Processes(processes), _) => processes.backend.open(options).await?,
+        };
+        let ready = match (&self.source, &self.snapshot) {
+            (Source::Processes(_), Some(snapshot)) => {
+                environment.restore(snapshot).await.map_err(refused)
+            }
+            _ => Ok(()),
+        };
+        let saves = plan.snapshot_out.is_some();
+        let ready = ready.and_then(|()| if saves { check_saving(&*environment) } else { Ok(()) });
+        match ready {
+            Ok(()) => Ok(environment),
+            Err(failure) => {
+                environment.close().await?;
+                Err(failure)
+            }
+        }
     }
 
     /// Where sessions like the new one come from.
-    pub(super) fn backend(&self) -> Result<WasmBackend, Failure> {
-        let image = match &self.snapshot {
-            Some(snapshot) => self.runtime.template(snapshot).map_err(refused)?,
-            None => self.image.clone(),
-        };
-        Ok(WasmBackend::new(Arc::clone(&self.runtime), image))
+    pub(super) fn backend(&self) -> Result<Arc<dyn Backend>, Failure> {
+        Ok(match (&self.source, &self.snapshot) {
+            (Source::Wasm { runtime, image }, snapshot) => {
+                let image = match snapshot {
+                    Some(snapshot) => runtime.template(snapshot).map_err(refused)?,
+                    None => image.clone(),
+                };
+                Arc::new(WasmBackend::new(Arc::clone(runtime), image))
+            }
+            (Source::Processes(processes), Some(snapshot)) => {
+                let backend = Arc::clone(&processes.backend);
+                Arc::new(Resumed { backend, snapshot: snapshot.clone() })
+            }
+            (Source::Processes(processes), None) => Arc::clone(&processes.backend),
+        })
     }
 
     /// Makes a session what it was when it was opened.
     pub(super) async fn reset(&self, environment: &mut dyn Environment) -> kaa::Result<()> {
+        let is_whole = matches!(self.source, Source::Wasm { .. });
+        if !is_whole || self.snapshot.is_none() {
+            // In a process also what variables don't show: its threads, its modules.
+            environment.reset().await?;
+        }
         match &self.snapshot {
             Some(snapshot) => environment.restore(snapshot).await,
-            None => environment.reset().await,
+            None => Ok(()),
         }
+    }
+
+    /// Reads a snapshot file of this backend.
+    pub(super) fn load(&self, path: &Path, limits: &Limits) -> kaa::Result<Snapshot> {
+        match &self.source {
+            Source::Wasm { runtime, .. } => runtime.load_snapshot(path, limits),
+            Source::Processes(processes) => (processes.load)(path),
+        }
+    }
+
+    /// What a session is, for who sits in front of it.
+    pub(super) fn what(&self) -> String {
+        match &self.source {
+            Source::Wasm { image, .. } => {
+                let manifest = image.manifest();
+                format!("Python {} in WebAssembly, image `{}`", manifest.python, manifest.name)
+            }
+            Source::Processes(processes) => processes.what.clone(),
+        }
+    }
+}
+
+/// Sessions of a backend that begin with a snapshot.
+struct Resumed {
+    backend: Arc<dyn Backend>,
+    snapshot: Snapshot,
+}
+
+#[async_trait]
+impl Backend for Resumed {
+    fn capabilities(&self) -> Capabilities {
+        self.backend.capabilities()
+    }
+
+    async fn open(&self, options: EnvironmentOptions) -> kaa::Result<Box<dyn Environment>> {
+        let mut environment = self.backend.open(options).await?;
+        environment.restore(&self.snapshot).await?;
+        Ok(environment)
     }
 }
 
@@ -82,23 +176,61 @@ pub(super) fn store() -> Result<Store, Failure> {
     Ok(Store::open(store_path()?)?)
 }
 
-/// The engine and what a plan begins with; makes what is missing, and shows it.
-pub(super) fn prepare(plan: &Plan, console: Console) -> Result<Base, Failure> {
-    let runtime = Arc::new(Runtime::open(store()?)?);
+/// The backend and what a plan begins with; makes what is missing, and shows it.
+pub(super) fn prepare(
+    plan: &Plan,
+    console: Console,
+    reactor: &tokio::runtime::Runtime,
+) -> Result<Base, Failure> {
     let display = Display::new(console);
-    let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
-    let image = header.as_ref().map_or(&plan.image, |header| &header.image.name);
-    let flag = if header.is_some() { "--snapshot-in" } else { "--image" };
-    let image = runtime
-        .image_from(image, plan.wheel.as_deref(), &|report| display.show(report))
-        .map_err(|error| match error {
-            kaa::Error::Invalid { .. } => Failure::usage(flag, error),
-            other => other.into(),
-        })?;
+    let source = match &plan.place {
+        Place::Wasm { image, wheel } => {
+            let runtime = Arc::new(Runtime::open(store()?)?);
+            let image = wasm_image(&runtime, image, wheel.as_deref(), plan, &display)?;
+            Source::Wasm { runtime, image }
+        }
+        Place::Local(options) => {
+            // Who runs such code has to know it, whatever else is of no interest.
+            console.complain(NOT_ISOLATED);
+            Source::Processes(local(options))
+        }
+        Place::Docker(docker) => {
+            Source::Processes(reactor.block_on(docker.connect(&|report| display.show(report)))?)
+        }
+    };
     drop(display);
-    let load = |path| runtime.load_snapshot(path, &plan.options.limits).map_err(refused);
-    let snapshot = plan.snapshot_in.as_ref().map(load).transpose()?;
-    Ok(Base { runtime, image, snapshot })
+    let mut base = Base { source, snapshot: None };
+    let load = |path: &PathBuf| base.load(path, &plan.options.limits).map_err(refused);
+    base.snapshot = plan.snapshot_in.as_ref().map(load).transpose()?;
+    Ok(base)
+}
+
+fn wasm_image(
+    runtime: &Runtime,
+    name: &str,
+    wheel: Option<&Path>,
+    plan: &Plan,
+    display: &Display,
+) -> Result<Image, Failure> {
+    if plan.snapshot_in.as_deref().is_some_and(is_pickle) {
+        let reason = "it is of a local or docker session; add --backend local or --backend docker";
+        return Err(Failure::usage("--snapshot-in", reason));
+    }
+    let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;
+    let name = header.as_ref().map_or(name, |header| &header.image.name);
+    let flag = if header.is_some() { "--snapshot-in" } else { "--image" };
+    runtime.image_from(name, wheel, &|report| display.show(report)).map_err(|error| match error {
+        kaa::Error::Invalid { .. } => Failure::usage(flag, error),
+        other => other.into(),
+    })
+}
+
+fn local(options: &LocalOptions) -> Processes {
+    let what = format!("`{}` in a process of yours, not isolated", options.python.display());
+    let backend = LocalBackend::new(options.clone());
+    let loader = backend.clone();
+    let load = Box::new(move |path: &Path| loader.load_snapshot(path));
+    Processes { backend: Arc::new(backend), load, what }
 }
 
 /// What is wrong with the file of `--snapshot-in`.
@@ -108,19 +240,62 @@ fn refused(error: kaa::Error) -> Failure {
         kaa::Error::Io { .. } | kaa::Error::Incompatible { .. } => {
             Failure::usage("--snapshot-in", error)
         }
+        kaa::Error::Unsupported { .. } => Failure::usage("--snapshot-in", without_dill(&error)),
         other => other.into(),
     }
 }
 
-/// Writes a session to a file, and says so.
+/// Whether a file begins as the snapshots of processes do, which are pickles.
+pub(super) fn is_pickle(path: &Path) -> bool {
+    let mut first = [0];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut first));
+    read.is_ok() && first == [PICKLE]
+}
+
+fn without_dill(error: &kaa::Error) -> String {
+    format!("{error}; {DILL_HELP}")
+}
+
+/// Whether a session can be saved when it ends: later would be too late to say so.
+pub(super) fn check_saving(environment: &dyn Environment) -> Result<(), Failure> {
+    let capabilities = environment.capabilities();
+    if capabilities.snapshot {
+        return Ok(());
+    }
+    let backend = capabilities.backend;
+    let error = kaa::Error::Unsupported { backend, operation: "snapshot: its Python has no dill" };
+    Err(Failure::usage("--snapshot-out", without_dill(&error)))
+}
+
+/// Writes a session to a file, and says so. What is not in it is named.
 pub(super) async fn save(
     environment: &mut dyn Environment,
     path: &Path,
     console: Console,
 ) -> Result<(), Failure> {
-    let bytes = environment.snapshot().await?.save(path)?;
+    let snapshot = match environment.snapshot().await {
+        Err(error @ kaa::Error::Unsupported { .. }) => {
+            return Err(Failure::Failed(without_dill(&error)));
+        }
+        Err(kaa::Error::Poisoned { reason }) => {
+            let file = path.display();
+            return Err(Failure::Failed(format!(
+                "{file} is not written: no state is left ({reason})"
+            )));
+        }
+        snapshot => snapshot?,
+    };
+    let bytes = snapshot.save(path)?;
     console.note(&format!("saved the session to {}, {}", path.display(), megabytes(bytes)));
+    if let Some(names) = unsaved(&snapshot) {
+        console.complain(&format!("{} is without what has no saved form: {names}", path.display()));
+    }
     Ok(())
+}
+
+/// The names of the variables that a snapshot does without, if there are any.
+pub(super) fn unsaved(snapshot: &Snapshot) -> Option<String> {
+    (!snapshot.unsaved().is_empty()).then(|| snapshot.unsaved().join(", "))
 }
 
 /// The runtime under all sessions of this process: one thread is enough for one session.
@@ -155,9 +330,7 @@ pub(super) async fn fill(
             kaa::Error::Invalid { reason, .. } if reason.trim().is_empty() => {
                 Failure::usage(flag, "it does not fit into the session's memory; see --memory")
             }
-            kaa::Error::Invalid { reason, .. } => {
-                Failure::usage(flag, reason.replace("limits.memory_bytes", "--memory"))
-            }
+            kaa::Error::Invalid { reason, .. } => Failure::usage(flag, in_flags(&reason)),
             other => other.into(),
         })?;
     }
@@ -191,6 +364,20 @@ pub(super) async fn execute(
             _ = interrupts.recv() => interrupt.interrupt(),
         }
     }
+}
+
+/// Why a cell that is called `name` cost the session its state.
+pub(super) fn loss(name: &str, execution: &Execution) -> String {
+    let reason = execution.exception.as_ref().map(|exception| exception.message.trim());
+    match reason {
+        Some(reason) => format!("{name} cost the session its state: {}", in_flags(reason)),
+        None => format!("{name} cost the session its state"),
+    }
+}
+
+/// Whether a session has lost its state.
+pub(super) fn is_lost(environment: &dyn Environment) -> bool {
+    environment.status() == Status::Poisoned
 }
 
 /// What Kaa itself has to say about a cell that is called `name`.

@@ -7,6 +7,7 @@ use kaa::{ClockRecord, SnapshotHeader, inspect_snapshot};
 use serde_json::json;
 
 use super::console::Console;
+use super::session::is_pickle;
 use super::units::megabytes;
 use super::{Ending, Failure};
 
@@ -32,6 +33,11 @@ pub(super) struct InspectFlags {
 pub(super) fn run(command: SnapshotCommand) -> Result<Ending, Failure> {
     let SnapshotCommand::Inspect(InspectFlags { file, json }) = command;
     let console = Console::new(false);
+    if is_pickle(&file) {
+        let reason = "it is of a local or docker session, a pickle of dill; what is in it only shows \
+                      when a session runs it, with --snapshot-in";
+        return Err(Failure::usage(&file.display().to_string(), reason));
+    }
     let header = inspect_snapshot(&file).map_err(|error| match error {
         kaa::Error::Io { source, .. } => Failure::usage(&file.display().to_string(), source),
         kaa::Error::Incompatible { .. } => Failure::usage(&file.display().to_string(), error),

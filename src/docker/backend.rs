@@ -35,6 +35,10 @@ use crate::snapshot::Snapshot;
 pub struct DockerBackend(ProcessBackend);
 
 impl DockerBackend {
+    /// What sessions in containers can do, whatever the engine. Snapshots there are where the image's
+    /// Python has dill.
+    pub const CAPABILITIES: Capabilities = super::CAPABILITIES;
+
     /// Finds the engine, checks that it's one that can be used, finds the image or pulls it, which
     /// `progress` hears of, and removes the containers that dead processes of this host have left there.
     ///

@@ -1,5 +1,7 @@
 //! The engine: finding it, what it must be able to do, its images, and what sessions ask of it.
 
+mod report;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 
+pub use self::report::{EngineReport, examine};
 use super::address::{CERTIFICATES, DockerHost, Place};
 use super::fault::{Fault, call, engine_at};
 use super::owner::{self, Owner};
@@ -290,6 +293,16 @@ fn certificates(directory: &Path) -> Result<[std::path::PathBuf; 3]> {
     Ok(files)
 }
 
+/// What the engine can't limit.
+fn missing_limits(info: &SystemInfo) -> Vec<&'static str> {
+    let limits = [
+        ("memory", info.memory_limit),
+        ("processes", info.pids_limit),
+        ("processors", info.cpu_cfs_quota),
+    ];
+    limits.iter().filter(|(_, has)| *has == Some(false)).map(|(name, _)| *name).collect()
+}
+
 fn check_info(info: &SystemInfo, host: &str, options: &DockerOptions) -> Result<()> {
     let refuse = |expected: String, found: String| {
         Err(Error::Incompatible { what: engine_at(host), expected, found })
@@ -298,13 +311,7 @@ fn check_info(info: &SystemInfo, host: &str, options: &DockerOptions) -> Result<
     if system != "linux" {
         return refuse("one that runs Linux containers".into(), format!("{system} containers"));
     }
-    let limits = [
-        ("memory", info.memory_limit),
-        ("processes", info.pids_limit),
-        ("processors", info.cpu_cfs_quota),
-    ];
-    let missing: Vec<&str> =
-        limits.iter().filter(|(_, has)| *has == Some(false)).map(|(name, _)| *name).collect();
+    let missing = missing_limits(info);
     if !missing.is_empty() && !options.allow_missing_limits {
         let expected = "one that can limit memory, processes and processors (rootless ones need \
                         cgroups of version 2, delegated), or that missing limits are allowed";

@@ -33,6 +33,9 @@ pub struct WasmBackend {
 }
 
 impl WasmBackend {
+    /// What sessions in WebAssembly can do.
+    pub const CAPABILITIES: Capabilities = WasmEnvironment::CAPABILITIES;
+
     /// Sessions of `image`, which is one of `runtime`.
     #[must_use]
     pub fn new(runtime: Arc<Runtime>, image: Image) -> Self {
@@ -50,7 +53,7 @@ impl fmt::Debug for WasmBackend {
 #[async_trait]
 impl Backend for WasmBackend {
     fn capabilities(&self) -> Capabilities {
-        WasmEnvironment::CAPABILITIES
+        Self::CAPABILITIES
     }
 
     fn default_tenant(&self) -> Option<Tenant> {

@@ -1,0 +1,544 @@
+//! The program on backends whose sessions are processes: `local` always, `docker` where there is an
+//! engine, and snapshots where dill can be had.
+//!
+//! The failure guarded against: a flag or a command that means nothing on a backend and is ignored, and
+//! a session that lost its state without a word.
+
+#[path = "common/required.rs"]
+mod required;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::OnceLock;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::Value as Json;
+
+const NOT_ISOLATED: &str = "kaa: local sessions are not isolated: ";
+const NO_DILL: &str =
+    "the local backend does not support snapshot: its Python has no dill; install";
+/// The image that `.ci/image` makes of the default one.
+const DILL_IMAGE: &str = "kaa-test:dill";
+/// A cell that no soft stop ends.
+const STUBBORN: &str = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n\
+                        while True: pass";
+const SHORT: &str = "--compute 100ms --grace 100ms";
+/// A script that searches its context by a cell, and answers.
+const ANSWERS: &str = r#"{
+    "rules": [{"contains": "kaa-42", "response": "FINAL(found kaa-42)"}],
+    "default": {"response": "```repl\nprint([line for line in context.split('\\n') if 'needle' in line])\n```"}
+}"#;
+
+/// What one command line must do: `stdout` is all of it, and stderr has every one of these parts.
+struct Case<'a> {
+    words: &'a str,
+    cells: &'a [&'a str],
+    stdin: &'a str,
+    code: i32,
+    stdout: &'a str,
+    stderr: &'a [&'a str],
+}
+
+/// One that succeeds.
+fn ok<'a>(words: &'a str, cells: &'a [&'a str], stdout: &'a str) -> Case<'a> {
+    Case { words, cells, stdin: "", code: 0, stdout, stderr: &[] }
+}
+
+/// One that ends with `code` and prints nothing.
+fn fails<'a>(words: &'a str, cells: &'a [&'a str], code: i32, stderr: &'a [&'a str]) -> Case<'a> {
+    Case { words, cells, stdin: "", code, stdout: "", stderr }
+}
+
+/// A directory in which the program runs, and what every one of its command lines begins with.
+struct Place {
+    directory: tempfile::TempDir,
+    backend: String,
+}
+
+impl Place {
+    fn new(backend: impl Into<String>) -> Self {
+        Self { directory: tempfile::tempdir().unwrap(), backend: backend.into() }
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.directory.path().join(name), text).unwrap();
+    }
+
+    /// Runs `command WORDS`, on the place's backend unless the words name one.
+    fn run(&self, words: &str, cells: &[&str], stdin: &str) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kaa"));
+        let (name, rest) = words.split_once(' ').unwrap_or((words, ""));
+        let directory = self.directory.path();
+        // Empty: nothing that isn't in WebAssembly needs anything of it.
+        command.current_dir(directory).env("KAA_CACHE", directory.join("cache")).arg(name);
+        if ["run", "repl", "complete"].contains(&name) && !rest.contains("--backend") {
+            command.args(self.backend.split_whitespace());
+        }
+        command.args(rest.split_whitespace());
+        command.args(cells.iter().flat_map(|cell| ["-c", cell]));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // A program that doesn't read closes the pipe.
+        let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
+        child.wait_with_output().unwrap()
+    }
+
+    fn check(&self, cases: &[Case<'_>]) {
+        for case in cases {
+            let output = self.run(case.words, case.cells, case.stdin);
+            let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+            let seen =
+                format!("{} {:?}\nstdout: {stdout}\nstderr: {stderr}", case.words, case.cells);
+            assert_eq!(output.status.code(), Some(case.code), "{seen}");
+            assert_eq!(stdout, case.stdout, "{seen}");
+            for part in case.stderr {
+                assert!(stderr.contains(part), "{part:?} is not in stderr of {seen}");
+            }
+        }
+    }
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let local = |name: &str, test: fn()| {
+        Trial::test(name, move || {
+            test();
+            Ok::<_, Failed>(())
+        })
+    };
+    let mut trials = vec![
+        local("flags_are_refused_where_they_mean_nothing", flags_are_refused),
+        local("local_says_once_that_it_is_not_isolated", local_says_what_it_is),
+        local("local_runs_cells", || runs_cells(&Place::new("--backend local"))),
+        local("local_says_what_was_lost", || says_what_was_lost(&Place::new("--backend local"))),
+        local("local_repl_goes_on", || repl_goes_on(&Place::new("--backend local"))),
+        local("local_answers_questions", || answers(&Place::new("--backend local"))),
+        local("local_without_dill_says_so_first", without_dill),
+        local("a_missing_interpreter_is_named", missing_interpreter),
+        local("an_engine_that_is_not_there_is_named", missing_engine),
+        local("the_table_of_the_readme_is_what_the_backends_say", readme_table),
+        required::trial("dill", "local_snapshots", dill, |packages| {
+            let packages = packages.display();
+            snapshots(&Place::new(format!("--backend local --env PYTHONPATH={packages}")));
+        }),
+    ];
+    let docker: [(&str, fn(&Place)); 4] = [
+        ("docker_runs_cells", runs_cells),
+        ("docker_says_what_was_lost", says_what_was_lost),
+        ("docker_repl_goes_on", repl_goes_on),
+        ("docker_answers_questions", answers),
+    ];
+    trials.extend(docker.map(|(name, test)| required::trial("docker", name, engine, test)));
+    trials.push(required::trial("docker", "docker_shows_its_walls", engine, docker_flags));
+    trials.push(required::trial("docker", "docker_in_doctor", engine, docker_doctor));
+    trials.push(required::trial("docker", "docker_snapshots", dill_image, snapshots));
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A place on the engine that the program finds by itself, if it has the image.
+fn with_image(image: &str) -> Result<Place, String> {
+    let place = Place::new(format!("--backend docker --docker-image {image} --docker-pull never"));
+    let output = place.run("run", &["print(1)"], "");
+    match output.status.code() {
+        Some(0) => Ok(place),
+        _ => Err(text(&output.stderr).trim().to_owned()),
+    }
+}
+
+fn engine() -> &'static Result<Place, String> {
+    static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
+    PLACE.get_or_init(|| with_image("python:3.11-slim"))
+}
+
+fn dill_image() -> &'static Result<Place, String> {
+    static PLACE: OnceLock<Result<Place, String>> = OnceLock::new();
+    PLACE.get_or_init(|| with_image(DILL_IMAGE))
+}
+
+/// A directory with dill, installed unless an earlier run did.
+fn dill() -> &'static Result<PathBuf, String> {
+    static PACKAGES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    PACKAGES.get_or_init(|| {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let packages = target.join("dill-0.4.0");
+        if packages.exists() {
+            return Ok(packages);
+        }
+        let fresh = tempfile::tempdir_in(target).map_err(|e| e.to_string())?;
+        let output = Command::new("python3")
+            .args(["-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
+            .args(["--disable-pip-version-check", "--no-input", "--quiet", "--target"])
+            .arg(fresh.path().join("packages"))
+            .arg("dill==0.4.0")
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|e| format!("python3 can't be started: {e}"))?;
+        if !output.status.success() {
+            let words = text(&output.stderr);
+            return Err(format!("pip says: {}", words.trim().lines().last().unwrap_or("nothing")));
+        }
+        match fs::rename(fresh.path().join("packages"), &packages) {
+            Err(error) if !packages.exists() => Err(error.to_string()),
+            _ => Ok(packages),
+        }
+    })
+}
+
+fn flags_are_refused() {
+    let place = Place::new("");
+    place.write("a.py", "");
+    for (backend, flags, flag, help) in [
+        ("local", "--fuel 5", "--fuel", "--compute limits"),
+        ("local", "--fuel 1000000000000", "--fuel", "only wasm counts fuel"),
+        ("local", "--seed 5", "--seed", "take --backend wasm"),
+        ("local", "--fixed-clock 5", "--fixed-clock", "take --backend wasm"),
+        ("local", "--image base", "--image", "--python names the interpreter"),
+        ("local", "--wheel a.py", "--wheel", "setting up wasm"),
+        ("local", "--mount .:/m", "--mount", "by their own paths"),
+        ("local", "--docker-image a", "--docker-image", "add --backend docker"),
+        ("local", "--docker-network bridge", "--docker-network", "add --backend docker"),
+        (
+            "local",
+            "--docker-allow-missing-limits",
+            "--docker-allow-missing-limits",
+            "add --backend",
+        ),
+        ("local", "--cpus 1", "--cpus", "a limit of containers"),
+        ("local", "--pids 99", "--pids", "ulimit -u"),
+        ("docker", "--fuel 5", "--fuel", "only wasm counts fuel"),
+        ("docker", "--seed 5", "--seed", "take --backend wasm"),
+        ("docker", "--fixed-clock 5", "--fixed-clock", "take --backend wasm"),
+        ("docker", "--image base", "--image", "--docker-image names"),
+        ("docker", "--wheel a.py", "--wheel", "setting up wasm"),
+        ("wasm", "--python python3", "--python", "part of the image"),
+        ("wasm", "--setup-code a.py", "--setup-code", "kaa image build NAME --setup FILE"),
+        ("wasm", "--docker-runtime runsc", "--docker-runtime", "add --backend docker"),
+        ("wasm", "--cpus 1", "--cpus", "a limit of containers"),
+    ] {
+        let refused = format!("kaa: {flag}: the {backend} backend does not support it: ");
+        for command in ["run -c 1", "repl", "complete question --lm-script none"] {
+            let words = format!("{command} --backend {backend} {flags}");
+            place.check(&[fails(&words, &[], 2, &[&refused, help])]);
+        }
+    }
+    for (words, part) in [
+        ("run --backend modal", "invalid value 'modal' for '--backend <BACKEND>'"),
+        ("run --backend local --setup-code none.py", "--setup-code: reading none.py: "),
+        (
+            "run --backend docker --docker-host ssh://me@engine",
+            "--docker-host `ssh://me@engine`: SSH",
+        ),
+        (
+            "run --backend docker --docker-host tcp://127.0.0.1:1 --cpus 0",
+            "--cpus: must be at least",
+        ),
+        (
+            "run --backend docker --docker-host tcp://127.0.0.1:1 --pids 2",
+            "--pids: must be at least",
+        ),
+        (
+            "run --backend docker --docker-host tcp://127.0.0.1:1 --docker-network host",
+            "--docker-network: \"host\" isn't",
+        ),
+    ] {
+        place.check(&[fails(words, &["1"], 2, &[part])]);
+    }
+}
+
+fn local_says_what_it_is() {
+    let place = Place::new("--backend local");
+    place.write("rules.json", ANSWERS);
+    place.write("hay.txt", "hay\nneedle kaa-42\n");
+    let question = "complete Where? --context hay.txt --lm-script rules.json --json";
+    for words in ["run --quiet", "run --json", "repl", question] {
+        let cells: &[&str] = if words.starts_with("run") { &["1", "2"] } else { &[] };
+        let output = place.run(words, cells, "1\n2\n");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{words}: {stderr}");
+        assert_eq!(stderr.matches(NOT_ISOLATED).count(), 1, "{words}: {stderr}");
+    }
+}
+
+/// What is the same wherever the process is.
+fn runs_cells(place: &Place) {
+    place.write("setup.py", "import math\nstart = math.factorial(5)\n");
+    place.write("bad.py", "oops = 1 / 0\n");
+    place.write("context.txt", "a\r\nb\n");
+    place.write("cells.py", "# %% one\nx = 1\n# %% two\nprint(x + 1)\n");
+    place.check(&[
+        ok("run", &["x = 41", "print(x + 1)"], "42\n"),
+        ok("run --cells cells.py", &[], "2\n"),
+        ok("run --setup-code setup.py", &["print(start)"], "120\n"),
+        ok(
+            "run --context context.txt --var n=[1]",
+            &["print(repr(context), n)"],
+            "'a\\r\\nb\\n' [1]\n",
+        ),
+        ok(
+            "run --env KAA_X=5",
+            &["import os; print(os.environ['KAA_X'], 'KAA_CACHE' in os.environ)"],
+            "5 False\n",
+        ),
+        ok("run --profile openenv", &["6 * 7"], "42\n"),
+        Case { code: 7, ..ok("run", &["print('a'); import sys; sys.exit(7)"], "a\n") },
+        fails("run", &["1 / 0"], 1, &["ZeroDivisionError: division by zero"]),
+        fails(
+            "run --setup-code bad.py",
+            &["1"],
+            2,
+            &["--setup-code: it failed: ", "ZeroDivisionError"],
+        ),
+        fails(
+            "run --wall 200ms",
+            &["import time; time.sleep(60)"],
+            124,
+            &["the cell was stopped by the wall limit; --wall raises it"],
+        ),
+        fails("run --memory 128M", &["x = bytes(1 << 30)"], 1, &["MemoryError"]),
+    ]);
+    let output = place.run("run --json", &["print('a')\n5"], "");
+    let record: Json = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&record["stdout"], &record["value"]), (&"a\n".into(), &"5".into()));
+    assert_eq!((&record["poisoned"], &record["usage"]["fuel"]), (&false.into(), &Json::Null));
+}
+
+fn says_what_was_lost(place: &Place) {
+    let lost = "cost the session its state: ";
+    let stubborn = format!("run {SHORT}");
+    place.check(&[
+        // The last cell's own code counts, when nothing was to come after it.
+        Case {
+            stderr: &["kaa: the cell cost the session its state: the interpreter exited with 7"],
+            ..Case { code: 7, ..ok("run", &["print('a'); import os; os._exit(7)"], "a\n") }
+        },
+        // Cells that would have found another state are not run, and that is a failure.
+        Case {
+            code: 125,
+            stderr: &["kaa: cell 1 cost", lost, "exited with 0; the cell after it was not run"],
+            ..ok("run", &["print('a'); import os; os._exit(0)", "print('b')"], "a\n")
+        },
+        Case {
+            code: 125,
+            stderr: &["did not yield to the compute limit", "the 2 cells after it were not run"],
+            ..ok(&stubborn, &[STUBBORN, "print('b')", "print('c')"], "begun\n")
+        },
+        Case {
+            code: 124,
+            stderr: &["stopped by the compute limit; --compute raises it", lost],
+            ..ok(&stubborn, &[STUBBORN], "begun\n")
+        },
+    ]);
+    let output = place.run("run --json", &["import os; os._exit(3)"], "");
+    let record: Json = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(3));
+    assert_eq!((&record["poisoned"], &record["rolled_back"]), (&true.into(), &false.into()));
+}
+
+fn repl_goes_on(place: &Place) {
+    let backend = place.backend.split_whitespace().nth(1).unwrap();
+    let rewind = format!("kaa: the {backend} backend does not support rewind; :save FILE keeps");
+    let stdin = "x = 5\n:rewind\nx\nimport os; os._exit(3)\nx\n:vars\n:reset\n'x' in globals()\nn\n:usage\n";
+    let output = place.run("repl --var n=3", &[], stdin);
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    let lines: Vec<&str> = stdout.lines().collect();
+    assert_eq!(lines[..3], ["5", "False", "3"], "{stdout}");
+    assert!(lines[3].starts_with("last cell: 0.") && !stdout.contains("fuel"), "{stdout}");
+    for part in [
+        rewind.as_str(),
+        "kaa: the cell cost the session its state: the interpreter exited with 3; :reset begins anew",
+        "kaa: the session has no state (the interpreter exited with 3); :reset begins anew",
+        "kaa: the environment is poisoned (the interpreter exited with 3)",
+    ] {
+        assert!(stderr.contains(part), "{part:?} is not in {stderr}");
+    }
+    assert!(!stderr.contains(":quit ends the session"), "{stderr}");
+}
+
+fn answers(place: &Place) {
+    place.write("rules.json", ANSWERS);
+    place.write("hay.txt", &("hay\n".repeat(1000) + "needle kaa-42\n"));
+    let words = "complete Where? --context hay.txt --lm-script rules.json";
+    place.check(&[ok(words, &[], "found kaa-42\n")]);
+}
+
+fn without_dill() {
+    // One that surely has none: of this interpreter only the standard library.
+    let place = Place::new("--backend local --python ./python3");
+    let script = "#!/bin/sh\nexec python3 -S \"$@\"\n";
+    place.write("python3", script);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(place.directory.path().join("python3"), mode).unwrap();
+    fs::write(place.directory.path().join("state"), [0x80, 4, b'}', b'.']).unwrap();
+    place.check(&[
+        // Before a cell runs whose state would be lost.
+        fails("run --snapshot-out s", &["print(1)"], 2, &["kaa: --snapshot-out: ", NO_DILL]),
+        fails(
+            "run --snapshot-in state",
+            &["print(1)"],
+            2,
+            &["kaa: --snapshot-in: ", "has no dill"],
+        ),
+        Case { stdin: "x = 5\n:fork\n:save s\nx\n", stderr: &[NO_DILL], ..ok("repl", &[], "5\n") },
+        fails(
+            "run --backend wasm --snapshot-in state",
+            &["1"],
+            2,
+            &["--snapshot-in: it is of a local or docker session; add --backend local"],
+        ),
+        fails("snapshot inspect state", &[], 2, &["state: it is of a local or docker session"]),
+    ]);
+    assert!(!place.directory.path().join("s").exists());
+}
+
+fn snapshots(place: &Place) {
+    let defined = "x = [1]\ndef f(n): return n + x[0]\ng = (n for n in range(3))";
+    place.write("not", "no pickle");
+    place.check(&[
+        Case {
+            stderr: &["kaa: saved the session to s, 0.0 MB", "kaa: s is without what has no saved form: g\n"],
+            ..ok("run --snapshot-out s", &[defined], "")
+        },
+        ok("run --snapshot-in s --snapshot-out t", &["x.append(2); print(x, f(1), 'g' in globals())"], "[1, 2] 2 False\n"),
+        ok("run --snapshot-in t --var y=5", &["print(x, f(2), y)"], "[1, 2] 3 5\n"),
+        fails("run --snapshot-in not", &["1"], 2, &["--snapshot-in: ", "expected a pickle of dill"]),
+        fails("run --snapshot-in none", &["1"], 2, &["--snapshot-in: ", "none: No such file"]),
+        Case {
+            stdin: "x.append(3)\nimport os; os._exit(1)\n:reset\nprint(x)\n:save u\ng = (n for n in x)\n:fork\nx.clear()\n:go 1\nx\n",
+            stderr: &[":reset begins anew", "saved the session to u", "the copy is without g", "session 2, a copy of"],
+            ..ok("repl --snapshot-in t", &[], "[1, 2]\n[1, 2]\n")
+        },
+        fails(
+            "run --snapshot-out v",
+            &["import os; os._exit(0)"],
+            125,
+            &["v is not written: no state is left (the interpreter exited with 0)"],
+        ),
+    ]);
+    assert!(!place.directory.path().join("v").exists());
+    // A loop's sessions begin with the snapshot, too.
+    place.write(
+        "rules.json",
+        r#"{
+            "rules": [{"contains": "3 [1]", "response": "FINAL(it is there)"}],
+            "default": {"response": "```repl\nprint(f(2), x)\nx.append(9)\n```"}
+        }"#,
+    );
+    let words = "complete question --lm-script rules.json --snapshot-in s --snapshot-out w";
+    place.check(&[
+        ok(words, &[], "it is there\n"),
+        ok("run --snapshot-in w", &["print(x)"], "[1, 9]\n"),
+    ]);
+}
+
+fn missing_interpreter() {
+    let place = Place::new("");
+    place.check(&[fails(
+        "run --backend local --python /none/python3",
+        &["1"],
+        125,
+        &[
+            "kaa: `/none/python3` is not available: ",
+            "install Python 3.9 or newer, or name another",
+        ],
+    )]);
+    let output = place.run("doctor --python /none/python3", &[], "");
+    let stdout = text(&output.stdout);
+    assert!(
+        stdout.contains("missing  local python    `/none/python3` is not available: "),
+        "{stdout}"
+    );
+    assert!(stdout.contains("missing  backend local   see above"), "{stdout}");
+}
+
+fn missing_engine() {
+    let place = Place::new("");
+    let at =
+        "the Docker engine at unix:///none/docker.sock is not available: there is no such socket";
+    let words = "run --backend docker --docker-host unix:///none/docker.sock";
+    place.check(&[fails(words, &["1"], 125, &[at])]);
+    let output = place.run("doctor --docker-host unix:///none/docker.sock", &[], "");
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains(&format!("missing  docker engine   {at}")), "{stdout}");
+    assert!(stdout.contains("missing  backend docker  see above"), "{stdout}");
+    assert!(
+        stdout.contains("can      docker          yes       no    no        with dill"),
+        "{stdout}"
+    );
+}
+
+/// The table of capabilities in the README against the one that the doctor prints.
+fn readme_table() {
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
+    let readme = fs::read_to_string(readme).unwrap();
+    let cells = |line: &str| -> Vec<String> {
+        line.trim_matches('|')
+            .split('|')
+            .map(|cell| cell.trim().trim_matches('`').to_owned())
+            .collect()
+    };
+    let output = Place::new("").run("doctor --docker-host unix:///none --python /none", &[], "");
+    let stdout = text(&output.stdout);
+    let mut rows = stdout.lines().filter_map(|line| line.strip_prefix("can "));
+    let heads: Vec<&str> = rows.next().unwrap().split_whitespace().collect();
+    let backends: Vec<Vec<String>> = rows
+        .map(|row| {
+            row.replace("with dill", "with-dill").split_whitespace().map(str::to_owned).collect()
+        })
+        .collect();
+    assert_eq!(backends.len(), 3, "{stdout}");
+    for (at, head) in heads.iter().enumerate() {
+        let begin = format!("| `{head}` |");
+        let line = readme.lines().find(|line| line.starts_with(&begin));
+        let line = line.unwrap_or_else(|| panic!("the README has no row {begin}"));
+        let said = backends.iter().map(|row| match row[at + 1].as_str() {
+            "yes" => "●".to_owned(),
+            "no" => "○".to_owned(),
+            other => other.replace('-', " "),
+        });
+        let expected: Vec<String> = [(*head).to_owned()].into_iter().chain(said).collect();
+        assert_eq!(cells(line)[..4], expected, "{line}");
+    }
+}
+
+fn docker_flags(place: &Place) {
+    place.write("data.txt", "inside");
+    let mount = format!("run --mount {}:/data", place.directory.path().display());
+    place.check(&[
+        ok("run", &["import os; print(os.getuid(), os.listdir('/sys/class/net'))"], "65534 ['lo']\n"),
+        ok("run --docker-user 1000:1001", &["import os; print(os.getuid(), os.getgid())"], "1000 1001\n"),
+        ok("run --python /usr/bin/python3", &["import sys; print(sys.executable)"], "/usr/bin/python3\n"),
+        ok(&mount, &["print(open('/data/data.txt').read())"], "inside\n"),
+        fails(&mount, &["open('/data/more', 'w')"], 1, &["OSError: [Errno 30]"]),
+        fails("run --pids 32", &["import threading, time\nfor _ in range(99): threading.Thread(target=time.sleep, args=(9,)).start()"], 1, &["RuntimeError: can't start new thread"]),
+        fails("run --docker-runtime none", &["1"], 125, &["expected the runtime `none`", "runc"]),
+        fails("run --python none", &["1"], 125, &["Python 3.9 or newer at `none`"]),
+        fails("run --docker-network none-such", &["1"], 125, &["none-such"]),
+    ]);
+    let missing = "run --backend docker --docker-image kaa-test:none --docker-pull never";
+    place.check(&[fails(missing, &["1"], 125, &["the image `kaa-test:none` is not available"])]);
+}
+
+fn docker_doctor(place: &Place) {
+    let output = place.run("doctor", &[], "");
+    let stdout = text(&output.stdout);
+    for part in [
+        "ok       docker engine   ",
+        ", API 1.",
+        "ok       docker runtimes ",
+        "ok       docker image    python:3.11-slim is there\n",
+        "ok       docker python   cpython 3.",
+        "ok       backend docker  ready\n",
+    ] {
+        assert!(stdout.contains(part), "{part:?} is not in\n{stdout}");
+    }
+    let output = place.run("doctor --docker-image kaa-test:none", &[], "");
+    let stdout = text(&output.stdout);
+    assert!(stdout.contains("note     docker image    kaa-test:none isn't there"), "{stdout}");
+}
