@@ -67,10 +67,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("local", &["error", "environment", "limits", "policy", "process", "snapshot"]),
     ("docker", &["error", "environment", "limits", "policy", "process", "snapshot"]),
-    (
-        "conformance",
-        &["error", "environment", "limits", "lm", "policy", "snapshot", "value"],
-    ),
+    ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
 ];
 
 /// Files outside the layers: the crate's root, the program, and the command line over the public API.
