@@ -51,9 +51,13 @@ class Channel:
         self.watching = False  # True only while code of the cell runs: then a soft stop may raise.
         self.limit = None  # The last limit raised in this turn.
         self.answer = None  # Answers the host's own requests while a call of the guest is open.
+        self.is_elsewhere = None  # Where there are threads: whether this is another one than that of the cells.
 
     def exchange(self, frame):
         """One call: the reply's header and body. A reply that is one text has no header: None and the text."""
+        if self.is_elsewhere is not None and self.is_elsewhere():
+            reply = self.call(frame)  # Soft stops are for the thread of the cells.
+            return (None, reply[1:].decode()) if reply[:1] == TEXT else unpack(reply)
         self.busy = True
         try:
             reply = self.call(frame)

@@ -23,6 +23,7 @@ class Repairs:
     def __init__(self, module, streams, handler):
         self.module, self.streams, self.handler = module, streams, handler
         self.builtins, self.values, self.modules = {}, [], {}
+        self.descriptors = None  # Where the guest is a process: those that a cell may have closed.
         _setsignal(_SIGINT, handler)
         self.remember()
 
@@ -41,6 +42,8 @@ class Repairs:
             _setprofile(None)
 
     def restore(self):
+        if self.descriptors is not None:
+            self.descriptors.restore()
         try:
             # Identical objects are equal without more ado; an `__eq__` can run only where something was replaced.
             same = [*_names.values()] == self.values

@@ -3,8 +3,11 @@
 //! A backend carries bytes and stops the guest; this file knows what they mean. It holds the
 //! requests that wait for the guest, answers its calls, and turns reports into results.
 
+mod ending;
 mod models;
 mod names;
+mod requests;
+mod signal;
 mod sources;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,8 +17,13 @@ use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
 
+pub(crate) use self::ending::not_begun;
 pub(crate) use self::names::{check_name, check_reserved, check_tool};
-pub(crate) use self::sources::{BOOTSTRAP, TURN, agent_sources};
+pub(crate) use self::requests::Request;
+pub(crate) use self::signal::Signal;
+pub(crate) use self::sources::{
+    BOOTSTRAP, LOADER, SUPERVISOR, TURN, agent_sources, process_sources,
+};
 use crate::capture::Capture;
 use crate::environment::{
     EnvironmentOptions, Exception, Execution, LmCall, Outcome, Profile, Tool, ToolArgs, ToolError,
@@ -174,6 +182,16 @@ impl Conversation {
         self.reseed = self.told.is_none() && self.seed.is_some();
     }
 
+    /// Goes on counting cells from here.
+    pub(crate) fn count_cells(&mut self, cells: u64) {
+        self.cells = cells;
+    }
+
+    /// Why the guest was asked to stop in this turn.
+    pub(crate) fn stopped_by(&self) -> Option<Limit> {
+        self.stop
+    }
+
     /// Cells that were asked for, and what the guest knows.
     pub(crate) fn record(&self) -> (u64, Option<Told>) {
         (self.cells, self.told.clone())
@@ -262,8 +280,8 @@ impl Conversation {
 
     /// Sets what the tenant may ask of language models, and where what they cost is written, from
     /// the next call on.
-    pub(crate) fn set_books(&mut self, quota: LmQuota, ledger: Ledger) {
-        self.quota = Some(quota);
+    pub(crate) fn set_books(&mut self, quota: Option<LmQuota>, ledger: Ledger) {
+        self.quota = quota;
         self.ledger = ledger;
     }
 
@@ -355,7 +373,8 @@ impl Conversation {
         self.requests.is_empty()
     }
 
-    fn next_request(&mut self) -> Message {
+    /// What the guest has to do next; nothing when its turn is over.
+    pub(crate) fn next_request(&mut self) -> Message {
         match self.requests.pop_front() {
             Some(request) => {
                 self.unanswered += 1;
@@ -477,8 +496,16 @@ pub(crate) struct Streams {
     pub(crate) stderr: Capture,
 }
 
+impl Streams {
+    /// Empty streams that keep so many bytes each.
+    pub(crate) fn new(bytes_max: u64) -> Self {
+        let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
+        Self { stdout: Capture::new(bytes_max), stderr: Capture::new(bytes_max) }
+    }
+}
+
 /// The variables of a report.
-pub(crate) fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
+fn variables(reports: Vec<VariableReport>) -> Vec<Variable> {
     let variable = |report: VariableReport| Variable {
         name: report.name,
         type_name: report.type_name,

@@ -74,6 +74,7 @@ pub use environment::*;
 pub use error::{Error, Result};
 pub use image::{ImageManifest, Progress, ProgressFn, Store};
 pub use limits::*;
+pub use local::{LocalBackend, LocalOptions};
 pub use policy::{Clock, Mount, Policy};
 pub use rlm::{
     Compaction, Dialect, Ending, Rlm, RlmCompletion, RlmError, RlmEvent, RlmObserver, RlmOptions,

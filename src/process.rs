@@ -5,6 +5,13 @@
 //! interpreter becomes a supervisor, which forks the worker that the cells run in: see
 //! `guest/supervisor.py`.
 
+mod backend;
+mod environment;
+mod guest;
+mod link;
+mod saved;
+mod turn;
+
 use std::fmt;
 
 use async_trait::async_trait;
@@ -12,6 +19,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
+
+pub(crate) use self::backend::ProcessBackend;
 
 /// Where processes are started.
 #[async_trait]

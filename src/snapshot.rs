@@ -44,6 +44,11 @@ pub trait SnapshotData: Any + Send + Sync {
     /// The backend's name.
     fn backend(&self) -> &'static str;
 
+    /// Names of variables that could not be saved; the first 200 of them.
+    fn unsaved(&self) -> &[String] {
+        &[]
+    }
+
     /// Writes the snapshot to a new file, private to the user, which replaces one of the same name
     /// when it is complete. Returns its size in bytes.
     ///
@@ -64,6 +69,13 @@ impl Snapshot {
     #[must_use]
     pub fn backend(&self) -> &'static str {
         self.0.backend()
+    }
+
+    /// Names of variables that are not in it, because the backend saves variable by variable and found
+    /// no form for these; the first 200 of them. A backend that saves memory has none.
+    #[must_use]
+    pub fn unsaved(&self) -> &[String] {
+        self.0.unsaved()
     }
 
     /// Writes the snapshot to a file that is private to the user; one of the same name is replaced

@@ -30,3 +30,23 @@ pub(crate) fn agent_sources() -> [(&'static str, &'static str); 15] {
         "__init__",
     ]
 }
+
+/// The start of a guest that is a process: reads its supervisor from stdin.
+pub(crate) const LOADER: &str = include_str!("../../guest/loader.py");
+/// What the loader reads.
+pub(crate) const SUPERVISOR: &str = include_str!("../../guest/supervisor.py");
+
+/// The agent's modules for a process, which has threads of its own, in the order of their
+/// installation.
+pub(crate) fn process_sources() -> Vec<(&'static str, &'static str)> {
+    const SHIMS: &[&str] = &["pools", "locks", "threads", "loop"];
+    let agent = agent_sources().into_iter().filter(|(name, _)| !SHIMS.contains(name));
+    let mut sources: Vec<_> = agent.collect();
+    let end = sources.len() - 1;
+    let own = [
+        ("saving", include_str!("../../guest/saving.py")),
+        ("worker", include_str!("../../guest/worker.py")),
+    ];
+    sources.splice(end..end, own);
+    sources
+}

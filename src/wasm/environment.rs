@@ -6,19 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 
-use self::ending::not_begun;
 use super::Image;
 use super::asleep::Asleep;
 use super::files::Scratch;
-use super::guest::Signal;
 use super::opening::{self, Origin, Shared, Ties, resumed};
 use super::parking::Parking;
 use super::saved::{BACKEND, Saved};
 use super::session::{Session, Turn, TurnEnd};
-use crate::agent::{Streams, check_name, check_tool, variables};
-use crate::capture::Capture;
+use crate::agent::{Conversation, Request, Signal, Streams, check_tool, not_begun};
 use crate::environment::{
     Capabilities, Context, Environment, EnvironmentOptions, ExecuteOptions, Execution, Interrupt,
     Status, Tool, Variable,
@@ -26,13 +23,13 @@ use crate::environment::{
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::lm::{Ledger, UsageSummary};
-use crate::protocol::{Message, VariableReport, decode_value};
+use crate::protocol::Message;
 use crate::snapshot::Snapshot;
 use crate::tenant::{Seat, Turn as Permit};
 use crate::value::Value;
 
 /// What is kept of the output of a turn that isn't a cell: nobody sees it.
-const QUIET_OUTPUT_BYTES: usize = 0;
+const QUIET_OUTPUT_BYTES: u64 = 0;
 /// Limits of turns that aren't cells, such as setting a variable: the guest's own code in `repr` and
 /// `__len__` may run in them.
 const SERVICE_TIME: Duration = Duration::from_secs(30);
@@ -173,7 +170,7 @@ impl WasmEnvironment {
         let ledger = self.ties.ledger.clone();
         let session = self.session().await?;
         let guest = session.guest_mut();
-        guest.conversation.set_books(permit.lm(), ledger);
+        guest.conversation.set_books(Some(permit.lm()), ledger);
         guest.leave.set(Some(permit));
         Ok(session)
     }
@@ -312,12 +309,12 @@ impl WasmEnvironment {
         let (since, turn, signal) = (Instant::now(), self.turn(), Arc::clone(&self.ties.signal));
         let permit = tokio::select! {
             biased;
-            () = signal.wait() => return Ok(not_begun(&limits, since.elapsed())),
+            () = signal.wait() => return Ok(not_begun(&limits, Some(0), since.elapsed())),
             permit = self.permit() => permit?,
         };
         let session = self.admitted(permit).await?;
         let guest = session.guest_mut();
-        guest.streams = streams(limits.output_bytes as usize);
+        guest.streams = Streams::new(limits.output_bytes);
         let request = guest.conversation.cell(code);
         guest.conversation.begin(Some(request), &limits);
         let (end, usage) = session.turn(turn, &limits).await;
@@ -346,7 +343,8 @@ impl WasmEnvironment {
     }
 
     /// One turn that isn't a cell.
-    async fn service(&mut self, what: &str, request: Message) -> Result<Message> {
+    async fn service(&mut self, request: Request) -> Result<Message> {
+        let Request { what, message: request } = request;
         let memory_bytes = self.options.limits.memory_bytes;
         let limits = Limits {
             compute: SERVICE_TIME,
@@ -361,14 +359,14 @@ impl WasmEnvironment {
         self.ties.signal.take();
         let permit = self.permit().await?;
         let session = self.admitted(permit).await?;
-        session.guest_mut().streams = streams(QUIET_OUTPUT_BYTES);
+        session.guest_mut().streams = Streams::new(QUIET_OUTPUT_BYTES);
         session.guest_mut().conversation.begin(Some(request), &limits);
         let (end, _) = session.turn(turn, &limits).await;
         let guest = session.guest_mut();
         let refused = guest.refused_bytes.take();
         let unfit = || {
             Error::invalid(
-                what,
+                what.as_str(),
                 format!(
                     "it does not fit: {} bytes into a memory of {memory_bytes}, of which Python and what \
                      the session holds take a part (raise limits.memory_bytes)",
@@ -378,9 +376,10 @@ impl WasmEnvironment {
         };
         let reply = match (guest.fault.take(), end) {
             (Some(fault), _) => Err(fault),
-            (None, TurnEnd::Halted(_)) => {
-                Err(Error::invalid(what, "it took too long; the session is as it was before"))
-            }
+            (None, TurnEnd::Halted(_)) => Err(Error::invalid(
+                what.as_str(),
+                "it took too long; the session is as it was before",
+            )),
             (None, TurnEnd::Returned) if refused.is_none() => {
                 match guest.conversation.take_reply() {
                     // The agent got no memory for the request, or none to take it apart.
@@ -440,55 +439,25 @@ impl Environment for WasmEnvironment {
     }
 
     async fn set_variable(&mut self, name: &str, value: Value) -> Result<()> {
-        check_name("variable", name)?;
-        let mut request = Message::new(json!({ "op": "set", "name": name }));
-        request.put("value", &value);
-        self.service(&format!("variable `{name}`"), request).await.map(drop)
+        self.service(Request::set(name, &value)?).await.map(drop)
     }
 
     async fn get_variable(&mut self, name: &str) -> Result<Option<Value>> {
-        check_name("variable", name)?;
-        let what = format!("variable `{name}`");
-        let mut reply =
-            self.service(&what, Message::new(json!({ "op": "get", "name": name }))).await?;
-        if let Some(type_name) = reply.text("unrepresentable") {
-            let repr = reply.text("repr").unwrap_or_default();
-            let reason = format!("a {type_name} has no value outside the session: {repr}");
-            return Err(Error::invalid(what, reason));
-        }
-        match reply.header.remove("value") {
-            Some(value) => decode_value(value, &reply.body).map(Some),
-            None => Ok(None),
-        }
+        let request = Request::get(name)?;
+        let what = request.what.clone();
+        Conversation::value_of(&what, self.service(request).await?)
     }
 
     async fn list_variables(&mut self) -> Result<Vec<Variable>> {
-        #[derive(serde::Deserialize)]
-        struct Report {
-            variables: Vec<VariableReport>,
-        }
-        let reply = self.service("variables", Message::new(json!({ "op": "vars" }))).await?;
-        let (report, _) = reply.parse::<Report>()?;
-        Ok(variables(report.variables))
+        Conversation::variables_of(self.service(Request::list()).await?)
     }
 
     async fn add_context(&mut self, context: Context, index: Option<u32>) -> Result<u32> {
-        let (kind, body) = match context {
-            Context::Text(body) => ("text", body),
-            Context::Bytes(body) => ("bytes", body),
-            Context::Json(body) => ("json", body),
-        };
-        let mut request = Message::new(json!({ "op": "context", "index": index, "kind": kind }));
-        request.letter = kind != "bytes";
-        request.body = body;
-        index_of(&self.service("context", request).await?)
+        Conversation::index_of(&self.service(Request::context(context, index)).await?)
     }
 
     async fn add_history(&mut self, messages: &Json, index: Option<u32>) -> Result<u32> {
-        let mut request = Message::new(json!({ "op": "history", "index": index }));
-        request.letter = true;
-        request.body = messages.to_string().into_bytes();
-        index_of(&self.service("history", request).await?)
+        Conversation::index_of(&self.service(Request::history(messages, index)).await?)
     }
 
     fn lm_usage(&self) -> UsageSummary {
@@ -542,16 +511,4 @@ impl Environment for WasmEnvironment {
     async fn close(mut self: Box<Self>) -> Result<()> {
         self.close_files().await
     }
-}
-
-fn streams(bytes: usize) -> Streams {
-    Streams { stdout: Capture::new(bytes), stderr: Capture::new(bytes) }
-}
-
-/// The number of a context or history that the agent took.
-fn index_of(reply: &Message) -> Result<u32> {
-    let index = reply.header.get("index").and_then(Json::as_u64);
-    index
-        .and_then(|index| u32::try_from(index).ok())
-        .ok_or_else(|| Error::protocol("the reply to a context has no index"))
 }

@@ -8,11 +8,9 @@ use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Notify;
 use wasmtime::{Caller, Global, Linker, Memory, ResourceLimiter, TypedFunc, Val};
 use wasmtime_wasi::WasiCtxBuilder;
 use wasmtime_wasi::p1::WasiP1Ctx;
@@ -23,8 +21,8 @@ use super::files::{Files, Scratch};
 use super::opening::Kept;
 use super::random::SeededRandom;
 use super::text::{self, Post};
-use crate::agent::{Answer, Conversation, Streams};
-use crate::environment::{EnvironmentOptions, Interrupt};
+use crate::agent::{Answer, Conversation, Signal, Streams};
+use crate::environment::EnvironmentOptions;
 use crate::error::Error;
 use crate::limits::{Limit, Limits};
 use crate::protocol::{CALL_BYTES_MAX, Call, Message, REPLY_BYTES_MAX};
@@ -60,42 +58,6 @@ impl fmt::Display for Halt {
 }
 
 impl std::error::Error for Halt {}
-
-/// Asks the running cell to stop, from any thread.
-#[derive(Debug, Default)]
-pub(crate) struct Signal {
-    raised: AtomicBool,
-    notify: Notify,
-}
-
-impl Signal {
-    fn raise(&self) {
-        self.raised.store(true, Ordering::Release);
-        self.notify.notify_waiters();
-    }
-
-    /// What an embedder raises it with.
-    pub(crate) fn handle(self: &Arc<Self>) -> Interrupt {
-        let signal = Arc::clone(self);
-        Interrupt::new(move || signal.raise())
-    }
-
-    pub(crate) fn take(&self) -> bool {
-        self.raised.swap(false, Ordering::AcqRel)
-    }
-
-    /// Waits until it's raised, and takes it.
-    pub(crate) async fn wait(&self) {
-        let notified = self.notify.notified();
-        tokio::pin!(notified);
-        // Registered before the flag is read, so that no signal falls between the two.
-        notified.as_mut().enable();
-        if !self.raised.load(Ordering::Acquire) {
-            notified.await;
-        }
-        self.raised.store(false, Ordering::Release);
-    }
-}
 
 /// A turn's leave to compute. It's shared between the store, for the imports, and the future of the
 /// turn, so that a future that is dropped gives it back.

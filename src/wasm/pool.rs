@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use serde_json::Value as Json;
 use tokio::sync::MutexGuard as EnvironmentGuard;
 
-use super::guest::Signal;
 use super::{Image, Runtime, WasmEnvironment};
+use crate::agent::Signal;
 use crate::agent::check_tool;
 use crate::environment::{
     Capabilities, Context, Environment, EnvironmentOptions, ExecuteOptions, Execution, Interrupt,

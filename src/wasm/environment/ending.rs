@@ -1,11 +1,9 @@
 //! Results of cells that didn't come to an end of their own.
 
-use std::time::Duration;
-
-use super::{Phase, WasmEnvironment, streams};
+use super::{Phase, WasmEnvironment};
 use crate::environment::{Exception, Execution, Outcome};
 use crate::error::{Error, Result};
-use crate::limits::{Limit, Limits, Usage};
+use crate::limits::{Limit, Usage};
 use crate::wasm::session::TurnEnd;
 
 /// What a process killed by `SIGABRT` would have exited with: a trap of the guest.
@@ -77,30 +75,5 @@ impl WasmEnvironment {
             Some(Exception { type_name: type_name.into(), message, traceback: line });
         self.roll_back()?;
         Ok(execution)
-    }
-}
-
-/// The result of a cell that was interrupted while it waited to begin.
-pub(super) fn not_begun(limits: &Limits, waited: Duration) -> Execution {
-    let message = "interrupted before the cell began".to_owned();
-    let line = format!("KeyboardInterrupt: {message}\n");
-    let mut streams = streams(limits.output_bytes as usize);
-    streams.stderr.write(line.as_bytes());
-    Execution {
-        outcome: Outcome::Raised,
-        limit: Some(Limit::Interrupt),
-        rolled_back: false,
-        stdout: streams.stdout.into_output(None),
-        stderr: streams.stderr.into_output(None),
-        value: None,
-        exception: Some(Exception {
-            type_name: "KeyboardInterrupt".into(),
-            message,
-            traceback: line,
-        }),
-        variables: Vec::new(),
-        final_answer: None,
-        lm_calls: Vec::new(),
-        usage: Usage { fuel: Some(0), wall: waited, ..Usage::default() },
     }
 }

@@ -1,0 +1,596 @@
+"""The process between the host and the worker in which cells run, where the guest is a process.
+
+The host speaks to it over fd 0 and 1. It forks the worker, carries frames between the two, collects what the worker's
+process tree prints, counts what it computes, stops it with signals, and says how it ended. It never runs code of cells,
+and the worker has neither its descriptors nor a way to speak for it: what a cell prints or writes to low descriptors is
+output, whatever it looks like. Where the system allows it, the worker can't open this process in /proc either.
+
+Frames in both directions are `kind: 1 byte | length: u32 big-endian | payload`:
+
+    D   host    bytes for the worker
+    C   host    {"op": "begin" | "end" | "interrupt" | "kill" | "start"}
+    B   host    the first frame: settings, sources and compiled code, see `Boot`
+    D   guest   compute of the turn in us: u64 | resident KiB: u32 | bytes of the worker
+    O, E guest  what was written to stdout and stderr
+    C   guest   {"event": "ready" | "limit" | "dead" | "starved"}
+    M   guest   what `Boot` compiled, for the next session of the same Python:
+                magic number | length: u32 | supervisor, marshalled | modules, marshalled
+
+Output that was written before a frame of the worker is passed on before it.
+"""
+
+import errno
+import fcntl
+import json
+import marshal
+import os
+import select
+import signal
+import sys
+import time
+import types
+
+CHUNK = 1 << 18
+OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets its turn.
+PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
+TICK_MIN, TICK_MAX = 0.005, 0.1
+KILL_SECONDS = 5
+LONG_SECONDS = 0.01
+CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
+F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
+PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
+PIPE_BYTES = 1 << 20
+# Where a container sees what its memory limit did: cgroup 2, and 1.
+OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
+
+
+def prctl(option, value):
+    """Best effort: other systems, and Pythons without ctypes, don't have it."""
+    try:
+        import ctypes
+
+        return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
+    except Exception:
+        return False
+
+
+def read_exactly(size):
+    data = bytearray()
+    while len(data) < size:
+        piece = os.read(0, min(CHUNK, size - len(data)))
+        if not piece:
+            os._exit(0)
+        data += piece
+    return bytes(data)
+
+
+def write_all(data):
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(1, view) :]
+        except BlockingIOError:
+            select.select([], [1], [])
+
+
+def frame(kind, payload):
+    return kind + len(payload).to_bytes(4, "big") + payload
+
+
+def event(name, **fields):
+    fields["event"] = name
+    return frame(b"C", json.dumps(fields).encode())
+
+
+class Boot:
+    """The first frame: `length: u32 | settings: JSON | bodies`, bodies in the order that the settings give."""
+
+    def __init__(self, payload):
+        end = 4 + int.from_bytes(payload[:4], "big")
+        self.settings = json.loads(payload[4:end])
+        self.bodies = {}
+        for name, length in self.settings["bodies"]:
+            self.bodies[name] = payload[end : end + length]
+            end += length
+
+    def modules(self):
+        """The agent as the package `kaa_agent`. Returns the code, for the host to keep."""
+        magic = self.settings.get("magic")
+        known = magic is not None and bytes.fromhex(magic) == MAGIC
+        codes = marshal.loads(self.bodies["code"]) if known else {}
+        package = types.ModuleType("kaa_agent")
+        package.__path__ = []
+        package.__package__ = "kaa_agent"
+        sys.modules["kaa_agent"] = package
+        for name in self.settings["modules"]:
+            module = package
+            if name != "__init__":
+                module = types.ModuleType("kaa_agent." + name)
+                module.__package__ = "kaa_agent"
+                sys.modules["kaa_agent." + name] = module
+                setattr(package, name, module)
+            module.__file__ = "<kaa>/" + name + ".py"
+            if name not in codes:
+                source = self.bodies[name].decode()
+                codes[name] = compile(source, module.__file__, "exec", dont_inherit=True)
+            exec(codes[name], module.__dict__)
+        if not known:
+            source = self.bodies["supervisor"].decode()
+            codes["supervisor"] = compile(source, "<kaa>/supervisor.py", "exec", dont_inherit=True)
+        return None if known else codes
+
+
+class Processes:
+    """The worker's process tree: what it computes, and its end."""
+
+    def __init__(self, is_alone):
+        self.is_alone = is_alone
+        self.worker = None
+        self.ended = 0.0  # Seconds of processes that are gone.
+        self.exit = None
+        self.known = {}  # Seconds of the worker's tree but for its own, by pid.
+        self.sizes = None  # Descriptor of the worker's figures of memory.
+        self.events = open_first(OOM_FILES) if is_alone else None
+        self.ooms = self.oom_kills()
+
+    def begin(self, pid):
+        """The worker is this process."""
+        self.worker, self.exit = pid, None
+        self.sizes = open_first(("/proc/%d/statm" % pid,))
+
+    def seconds(self):
+        """Processor time of the worker and of all that it started, so far."""
+        return self.ended + self.worker_seconds() + sum(self.known.values())
+
+    def worker_seconds(self):
+        if self.worker is None:
+            return 0.0
+        try:
+            return time.clock_gettime((~self.worker << 3) | CLOCK_OF_PROCESS)
+        except (OSError, OverflowError):
+            return self.stat_seconds(self.worker)
+
+    @staticmethod
+    def stat_seconds(pid, first=11):
+        """Of the process, unless `first` is 13, and of the children that it has waited for: proc(5)."""
+        try:
+            with open("/proc/%d/stat" % pid, "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            return sum(map(int, fields[first:15])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError, IndexError):
+            return 0.0
+
+    def look(self):
+        """Counts the living descendants of the worker, and those that it waited for."""
+        if self.worker is not None:
+            self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
+
+    def tree(self):
+        """Every process below this one."""
+        if self.is_alone:
+            try:
+                return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+            except OSError:
+                return []
+        found, open_ = [], [os.getpid()]
+        while open_ and len(found) < 100_000:
+            for child in children(open_.pop()):
+                found.append(child)
+                open_.append(child)
+        return found
+
+    def reap(self):
+        """Takes note of what ended; whether the worker is among them."""
+        died = False
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return died
+            if pid == 0:
+                return died
+            self.ended += usage.ru_utime + usage.ru_stime
+            self.known.pop(pid, None)
+            if pid == self.worker:
+                self.exit, self.worker, died = status, None, True
+
+    def signal(self, number):
+        if self.worker is not None:
+            try:
+                os.kill(self.worker, number)
+            except ProcessLookupError:
+                pass
+
+    def kill(self):
+        """Ends the whole tree; what is in the middle of starting more of itself is met again."""
+        deadline = time.monotonic() + KILL_SECONDS
+        while time.monotonic() < deadline:
+            if self.is_alone and os.getpid() == 1:
+                try:
+                    os.kill(-1, signal.SIGKILL)
+                except OSError:
+                    pass
+            left = self.tree()
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    pass
+            self.reap()
+            if not self.tree():
+                break
+            time.sleep(0.001)
+        self.known = {}
+
+    def resident_kib(self):
+        try:
+            return int(os.pread(self.sizes, 256, 0).split()[1]) * PAGE_KIB
+        except (OSError, TypeError, ValueError, IndexError):
+            return 0
+
+    def oom_kills(self):
+        """How often the container's memory limit has killed a process."""
+        try:
+            lines = os.pread(self.events, 4096, 0).splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
+        except (OSError, TypeError, ValueError, IndexError):
+            return 0
+
+    def was_starved(self):
+        before, self.ooms = self.ooms, self.oom_kills()
+        return self.ooms > before
+
+
+def open_first(paths):
+    for path in paths:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass
+    return None
+
+
+def children(pid):
+    try:
+        found = []
+        for thread in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/children" % (pid, thread)) as file:
+                found += map(int, file.read().split())
+        return found
+    except (OSError, ValueError):
+        return []
+
+
+class Watch:
+    """The limit on what a turn computes."""
+
+    def __init__(self, processes):
+        self.processes = processes
+        self.begun = self.soft = self.hard = None
+        self.grace = self.since = 0.0
+
+    def begin(self, compute, grace):
+        if self.processes.known:
+            self.processes.look()
+        self.begun, self.since = self.processes.seconds(), time.monotonic()
+        self.soft, self.hard, self.grace = self.begun + compute, None, grace
+
+    def end(self):
+        """The turn is over: there is time to see what it has left behind."""
+        self.soft = self.hard = None
+        self.processes.look()
+
+    def stopped(self):
+        """The worker was asked to stop: from now on it has its grace."""
+        if self.hard is None and self.begun is not None:
+            self.soft, self.hard = None, self.processes.seconds() + self.grace
+
+    def is_long(self):
+        """Whether the turn has lasted long enough to fill a memory."""
+        return time.monotonic() - self.since > LONG_SECONDS
+
+    def spent(self):
+        return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
+
+    def timeout(self):
+        """Milliseconds until it has to be looked at again; -1: never."""
+        bound = self.hard if self.soft is None else self.soft
+        if bound is None:
+            return -1
+        left = bound - self.processes.seconds()
+        return int(min(TICK_MAX, max(TICK_MIN, left)) * 1000)
+
+
+class Supervisor:
+    def __init__(self, boot):
+        self.settings = boot.settings
+        self.codes = boot.modules()
+        self.processes = Processes(self.settings["is_alone"])
+        self.watch = Watch(self.processes)
+        self.poll = select.poll()
+        self.buffer, self.expected = bytearray(), 0  # An order that is not complete; bytes of a frame for the worker.
+        self.pending = []  # Bytes for the worker.
+        self.pending_bytes = 0
+        self.is_blocked = False  # Whether the worker has to take some of them before it gets more.
+        self.channel = None
+        self.pipes = {}  # Descriptor to kind of frame.
+        self.agent = self.carrier = None
+
+    def start(self):
+        """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
+        import kaa_agent.agent
+        import kaa_agent.worker as worker
+
+        if self.agent is None:
+            self.carrier = worker.Carrier()
+            self.agent = kaa_agent.agent.install(self.carrier.call)
+            self.agent.operations.update(worker.operations(self.agent))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            prctl(PR_SET_DUMPABLE, 0)
+            if not self.settings["is_alone"]:
+                prctl(PR_SET_CHILD_SUBREAPER, 1)
+        near, far = worker.socket_pair()
+        output, error = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            # Nothing of the supervisor is left in the worker but its code.
+            for descriptor in (near, output[0], error[0], *wakeup):
+                os.close(descriptor)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            prctl(PR_SET_DUMPABLE, 1)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
+        for descriptor in (far, output[1], error[1]):
+            os.close(descriptor)
+        self.processes.begin(pid)
+        self.channel = near
+        self.pipes = {output[0]: b"O", error[0]: b"E"}
+        for descriptor in (near, output[0], error[0]):
+            os.set_blocking(descriptor, False)
+            self.poll.register(descriptor, select.POLLIN)
+
+    def serve(self):
+        for descriptor in (0, wakeup[0]):
+            self.poll.register(descriptor, select.POLLIN)
+        while True:
+            ready = dict(self.poll.poll(self.watch.timeout()))
+            if wakeup[0] in ready:
+                drain(wakeup[0])
+            if self.channel in ready:
+                if ready[self.channel] & select.POLLOUT:
+                    self.send()
+                if ready[self.channel] & ~select.POLLOUT:
+                    self.receive()
+            elif any(pipe in ready for pipe in self.pipes):
+                write_all(b"".join(self.output()))
+            if self.processes.worker is not None and self.processes.reap():
+                self.bury()
+            if 0 in ready:
+                self.listen()
+            self.check()
+
+    def output(self):
+        """What was printed, as frames."""
+        found, size = [], 0
+        for pipe, kind in self.pipes.items():
+            while size < OUTPUT_ROUND:
+                piece = read_some(pipe)
+                if not piece:
+                    if piece is not None:
+                        self.forget(pipe)  # Nobody has its other end any more.
+                    break
+                found.append(frame(kind, piece))
+                size += len(piece)
+        return found
+
+    def forget(self, descriptor):
+        try:
+            self.poll.unregister(descriptor)
+        except KeyError:
+            pass  # It was forgotten before.
+
+    def receive(self):
+        """Passes on what the worker says, after what was printed before it."""
+        piece = read_some(self.channel)
+        if piece is None:
+            return
+        found = self.output()
+        if not piece:
+            # The worker closed its end, which it never does by itself, or has just ended.
+            write_all(b"".join(found))
+            self.processes.reap()
+            return self.bury()
+        head = int(self.watch.spent() * 1e6).to_bytes(8, "big") + self.processes.resident_kib().to_bytes(4, "big")
+        if self.watch.is_long() and self.processes.was_starved():
+            found.append(event("starved"))
+        found.append(frame(b"D", head + piece))
+        write_all(b"".join(found))
+
+    def send(self):
+        """Gives the worker what it takes."""
+        while self.pending:
+            try:
+                written = os.write(self.channel, self.pending[0])
+            except BlockingIOError:
+                break
+            except OSError:
+                self.pending, self.pending_bytes = [], 0
+                break
+            self.pending_bytes -= written
+            if written == len(self.pending[0]):
+                del self.pending[0]
+            else:
+                self.pending[0] = memoryview(self.pending[0])[written:]
+        if bool(self.pending) != self.is_blocked:
+            self.is_blocked = bool(self.pending)
+            self.poll.modify(self.channel, select.POLLIN | (select.POLLOUT if self.is_blocked else 0))
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+        elif self.is_blocked:
+            self.poll.modify(0, select.POLLIN if self.pending_bytes < PENDING_MAX else 0)
+
+    def listen(self):
+        """Frames of the host."""
+        piece = read_some(0)
+        if piece is None:
+            return
+        if not piece:
+            self.leave()
+        piece = memoryview(piece)
+        while piece:
+            if self.expected:
+                # Bytes of the worker need not be complete to be passed on.
+                self.forward(piece[: self.expected])
+                piece, self.expected = piece[self.expected :], max(0, self.expected - len(piece))
+                continue
+            wanted = 5 if len(self.buffer) < 5 else 5 + int.from_bytes(self.buffer[1:5], "big")
+            taken = wanted - len(self.buffer)
+            self.buffer += piece[:taken]
+            piece = piece[taken:]
+            if len(self.buffer) == 5 and self.buffer[:1] == b"D":
+                self.expected = int.from_bytes(self.buffer[1:5], "big")
+                self.buffer.clear()
+            elif len(self.buffer) > 5 and len(self.buffer) == wanted:
+                order = json.loads(bytes(self.buffer[5:]))
+                self.buffer.clear()
+                self.obey(order)
+        if self.pending:
+            self.send()
+
+    def forward(self, piece):
+        if self.channel is not None:
+            self.pending.append(piece)
+            self.pending_bytes += len(piece)
+
+    def obey(self, order):
+        operation = order["op"]
+        if operation == "begin":
+            self.watch.begin(order["compute"], order["grace"])
+        elif operation == "end":
+            self.watch.end()
+        elif operation == "interrupt":
+            if self.pending:
+                self.send()
+            self.processes.signal(signal.SIGINT)
+            self.watch.stopped()
+        elif operation == "kill":
+            self.bury()
+        elif operation == "start" and self.processes.worker is None:
+            self.start()
+            write_all(event("ready"))
+
+    def check(self):
+        """The limit on what the turn computes."""
+        watch = self.watch
+        if watch.soft is None and watch.hard is None:
+            return
+        self.processes.look()
+        spent = self.processes.seconds()
+        if watch.soft is not None and spent >= watch.soft:
+            write_all(event("limit"))
+            self.processes.signal(signal.SIGINT)
+            watch.stopped()
+        elif watch.hard is not None and spent >= watch.hard:
+            self.bury()
+
+    def bury(self):
+        """Ends what is left of the worker's tree, and says how the worker ended."""
+        if self.channel is None:
+            return
+        by_itself = self.processes.worker is None
+        resident = self.processes.resident_kib()
+        spent = self.watch.spent()
+        self.processes.kill()
+        write_all(b"".join(self.output()))
+        for descriptor in (self.channel, *self.pipes):
+            self.forget(descriptor)
+            os.close(descriptor)
+        if self.processes.sizes is not None:
+            os.close(self.processes.sizes)
+        self.processes.sizes = None
+        self.channel, self.pipes, self.pending, self.pending_bytes = None, {}, [], 0
+        self.is_blocked = False
+        self.poll.modify(0, select.POLLIN)
+        self.watch.end()
+        status = self.processes.exit if self.processes.exit is not None else 0
+        code = None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        starved = self.processes.was_starved()
+        write_all(
+            event(
+                "dead",
+                killed=not by_itself,
+                code=code,
+                signal=number,
+                starved=starved,
+                compute_us=int(spent * 1e6),
+                resident_kib=resident,
+            )
+        )
+        self.processes.exit = None
+
+    def leave(self):
+        """The host is gone."""
+        self.processes.kill()
+        os._exit(0)
+
+
+def read_some(descriptor):
+    """A piece; None: there is nothing now."""
+    try:
+        return os.read(descriptor, CHUNK)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ECONNRESET):
+            return b""
+        raise
+
+
+def drain(descriptor):
+    while read_some(descriptor):
+        pass
+
+
+def has_dill():
+    import importlib.util
+
+    return importlib.util.find_spec("dill") is not None
+
+
+wakeup = ()
+
+
+def main():
+    global wakeup
+    kind = read_exactly(1)
+    boot = Boot(read_exactly(int.from_bytes(read_exactly(4), "big")))
+    assert kind == b"B"
+    if not boot.settings["is_alone"]:
+        try:
+            os.setsid()  # Ctrl-C in the terminal is the host's affair.
+        except OSError:
+            pass
+    wakeup = os.pipe()
+    for descriptor in wakeup:
+        os.set_blocking(descriptor, False)
+    supervisor = Supervisor(boot)
+    signal.set_wakeup_fd(wakeup[1], warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for descriptor in (0, 1):
+        try:
+            fcntl.fcntl(descriptor, F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # No pipe, or another system.
+    try:
+        supervisor.start()
+        if supervisor.codes is not None:
+            own = marshal.dumps(supervisor.codes.pop("supervisor"))
+            code = MAGIC + len(own).to_bytes(4, "big") + own + marshal.dumps(supervisor.codes)
+            write_all(frame(b"M", code))
+        write_all(event("ready", python=sys.version.split()[0], dill=has_dill()))
+        supervisor.serve()
+    except BrokenPipeError:
+        supervisor.leave()

@@ -1,0 +1,327 @@
+//! What is special to sessions in processes of this host; the contract is in `conformance.rs`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, ScriptedHandler};
+use kaa::{
+    Backend, Clock, Environment, EnvironmentExt, EnvironmentOptions, Error, ExecuteOptions,
+    Execution, Limit, Limits, LocalBackend, LocalOptions, Mount, Outcome, Policy, Status, Value,
+};
+
+fn backend() -> LocalBackend {
+    let path = std::env::var("PATH").unwrap();
+    LocalBackend::new(LocalOptions { path, ..LocalOptions::default() })
+}
+
+async fn open(options: EnvironmentOptions) -> Box<dyn Environment> {
+    backend().open(options).await.unwrap()
+}
+
+async fn limited(limits: Limits) -> Box<dyn Environment> {
+    open(EnvironmentOptions { limits, ..EnvironmentOptions::default() }).await
+}
+
+async fn run(session: &mut Box<dyn Environment>, code: &str) -> Execution {
+    session.execute(code).await.unwrap()
+}
+
+async fn value(session: &mut Box<dyn Environment>, code: &str) -> String {
+    let execution = run(session, code).await;
+    execution.value.unwrap_or_else(|| panic!("{code}: {}", execution.stderr.text()))
+}
+
+/// Whether there is a process of this number that isn't a zombie.
+fn is_alive(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid).join("stat"));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !holds() {
+        assert!(since.elapsed() < Duration::from_secs(20), "{what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_hard_stop_poisons_and_a_reset_helps() {
+    let limits = Limits {
+        compute: Duration::from_millis(100),
+        grace: Duration::from_millis(100),
+        ..Limits::default()
+    };
+    let mut session = limited(limits).await;
+    let soft = run(&mut session, "x = 1\nwhile True: pass").await;
+    assert_eq!((soft.outcome, soft.limit), (Outcome::LimitReached, Some(Limit::Compute)));
+    assert_eq!(value(&mut session, "x").await, "1");
+    // In CPython 3.11 a loop's jump back is outside of the `try` around it.
+    let stubborn = "print('begun')\ndef spin():\n  while True: pass\nwhile True:\n  try: spin()\n  except BaseException: pass";
+    let hard = run(&mut session, stubborn).await;
+    assert_eq!((hard.outcome, hard.rolled_back), (Outcome::LimitReached, false));
+    assert_eq!(hard.stdout.text(), "begun\n");
+    assert_eq!(session.status(), Status::Poisoned);
+    let refused = session.execute("1").await.unwrap_err();
+    assert!(matches!(&refused, Error::Poisoned { reason } if reason.contains("compute limit")));
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "'x' in globals()").await, "False");
+}
+
+/// Cells that attack the channel, and what has to come of them. Whatever it is, the host knows soon,
+/// and a reset gives a session that works.
+#[tokio::test]
+async fn no_cell_forges_a_message_or_hangs_the_host() {
+    const FRAMES: &str = r#"
+import os, struct
+done = b'{"op":"done","outcome":"exited","exit_code":9}'
+call = struct.pack(">I", len(done)) + done
+inner = struct.pack(">II", len(call), 1) + call
+outer = [b"D" + struct.pack(">I", len(inner) + 12) + bytes(12) + inner]
+for event in (b'{"event":"dead","killed":false,"code":9,"signal":null,"starved":false}', b'{"event":"ready"}'):
+    outer.append(b"C" + struct.pack(">I", len(event)) + event)
+"#;
+    let writes = |range: &str| {
+        format!(
+            "{FRAMES}\nfor fd in {range}:\n    for frame in outer + [inner, call]:\n        try: os.write(fd, frame)\n        except OSError: pass\nx = 7"
+        )
+    };
+    let cases = [
+        ("writes to low descriptors", writes("range(0, 21)"), Some("7")),
+        ("prints frames", format!("{FRAMES}\nimport sys\nfor frame in outer: sys.stdout.buffer.write(frame)\nx = 7"), Some("7")),
+        ("closes low descriptors", "import os\nos.closerange(0, 21)\nx = 7".into(), Some("7")),
+        ("replaces its streams", "import os\nfd = os.open('/dev/null', os.O_RDWR)\nfor at in range(3): os.dup2(fd, at)\nx = 7".into(), Some("7")),
+        ("forks, and both go on", "import os\npid = os.fork()\nx = 7 if pid else 8".into(), Some("7")),
+        ("a child asks models", "import os\npid = os.fork()\nif not pid: llm_query('x')\nx = 7".into(), Some("7")),
+        ("a child stays", "import os, time\nif not os.fork(): time.sleep(60)\nx = 7".into(), Some("7")),
+        ("traces", "import sys\nsys.settrace(lambda *a: 1/0)\nx = 7".into(), None),
+        ("closes everything", "import os\nos.closerange(0, 65536)".into(), None),
+        ("kills its parent", "import os, signal, time\nos.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)".into(), None),
+        ("stops its parent", "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP)\nx = 7\ntime.sleep(60)".into(), None),
+        ("kills itself", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)".into(), None),
+        ("exits", "import os\nprint('said')\nos._exit(3)".into(), None),
+        ("crashes", "import ctypes\nctypes.string_at(0)".into(), None),
+        ("floods the channel", format!("{FRAMES}\nfor fd in range(200, 2000):\n    try:\n        os.fstat(fd)\n        while True: os.write(fd, inner)\n    except OSError: pass"), None),
+        ("writes nonsense to the channel", "import os\nfor fd in range(200, 2000):\n    try: os.write(fd, b'\\xff' * 64)\n    except OSError: pass\nimport time\ntime.sleep(60)".into(), None),
+    ];
+    let limits = Limits { wall: Duration::from_secs(2), ..Limits::default() };
+    for (name, code, intact) in cases {
+        let lm: Arc<dyn LmHandler> = Arc::new(ScriptedHandler::echo());
+        let options = EnvironmentOptions {
+            limits: limits.clone(),
+            lm: Some(lm),
+            ..EnvironmentOptions::default()
+        };
+        let mut session = open(options).await;
+        let since = Instant::now();
+        let result = session.execute(&code).await;
+        assert!(since.elapsed() < Duration::from_secs(25), "{name}: {:?}", since.elapsed());
+        if let Ok(execution) = &result {
+            assert_ne!(execution.outcome, Outcome::Exited { code: 9 }, "{name}");
+        }
+        if let Some(expected) = intact {
+            assert_eq!(result.unwrap().outcome, Outcome::Completed, "{name}");
+            assert_eq!(value(&mut session, "x").await, expected, "{name}");
+            assert_eq!(run(&mut session, "print('out')").await.stdout.text(), "out\n", "{name}");
+        }
+        session.reset().await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(value(&mut session, "6 * 7").await, "42", "{name}");
+        session.close().await.unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_ends_is_a_result_and_its_output_is_kept() {
+    let cases = [
+        ("import os\nprint('said')\nos._exit(3)", Outcome::Exited { code: 3 }, "exited with 3"),
+        (
+            "import os\nprint('said')\nos.kill(os.getpid(), 11)",
+            Outcome::Exited { code: 139 },
+            "signal 11",
+        ),
+    ];
+    for (code, outcome, reason) in cases {
+        let mut session = open(EnvironmentOptions::default()).await;
+        let execution = run(&mut session, code).await;
+        assert_eq!((execution.outcome, execution.stdout.text().as_ref()), (outcome, "said\n"));
+        assert!(execution.stderr.text().contains(reason), "{}", execution.stderr.text());
+        assert_eq!(session.status(), Status::Poisoned);
+        session.reset().await.unwrap();
+        assert_eq!(value(&mut session, "1").await, "1");
+    }
+}
+
+#[tokio::test]
+async fn nothing_stays_behind() {
+    let code = "import os, subprocess\nfrom pathlib import Path\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\nPath('file').write_text('x')\nprint(os.getpid(), os.getppid(), child.pid, os.getcwd())";
+    for end in ["close", "drop", "reset"] {
+        let mut session = open(EnvironmentOptions::default()).await;
+        let printed = run(&mut session, code).await.stdout.text().into_owned();
+        let parts: Vec<&str> = printed.split_whitespace().collect();
+        let [worker, supervisor, child, folder] = parts[..] else { panic!("{printed}") };
+        assert!(is_alive(worker) && is_alive(supervisor) && is_alive(child));
+        match end {
+            "close" => session.close().await.unwrap(),
+            "drop" => drop(session),
+            _ => {
+                session.reset().await.unwrap();
+                assert!(!is_alive(worker) && !is_alive(child) && is_alive(supervisor));
+                session.close().await.unwrap();
+            }
+        }
+        until(&format!("{end}: {printed}"), || {
+            ![worker, supervisor, child].into_iter().any(is_alive) && !Path::new(folder).exists()
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_future_that_is_dropped_ends_its_cell() {
+    let mut session = open(EnvironmentOptions::default()).await;
+    let pid = value(&mut session, "import os\nos.getpid()").await;
+    let cell = session.execute("while True: pass");
+    assert!(tokio::time::timeout(Duration::from_millis(200), cell).await.is_err());
+    assert_eq!(session.status(), Status::Poisoned);
+    until("the worker goes on", || !is_alive(&pid)).await;
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "1").await, "1");
+}
+
+/// Answers after a while, whatever is asked.
+struct Slow(Duration);
+
+#[async_trait::async_trait]
+impl LmHandler for Slow {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
+        tokio::time::sleep(self.0).await;
+        ScriptedHandler::echo().complete(request).await
+    }
+}
+
+#[tokio::test]
+async fn threads_ask_models_at_the_same_time() {
+    let lm: Arc<dyn LmHandler> = Arc::new(Slow(Duration::from_millis(400)));
+    let mut session =
+        open(EnvironmentOptions { lm: Some(lm), ..EnvironmentOptions::default() }).await;
+    let code = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as pool: answers = list(pool.map(llm_query, 'abcdefgh'))\n''.join(answers)";
+    let execution = run(&mut session, code).await;
+    assert_eq!(execution.value.as_deref(), Some("'abcdefgh'"), "{}", execution.stderr.text());
+    assert_eq!((execution.lm_calls.len(), execution.usage.lm_calls), (8, 8));
+    // Eight after the other take 3.2 s; what is measured is the host's own wait.
+    assert!(execution.usage.host_wait < Duration::from_millis(1600), "{:?}", execution.usage);
+}
+
+#[tokio::test]
+async fn a_limit_in_a_wait_for_models_stops_the_cell() {
+    let lm: Arc<dyn LmHandler> = Arc::new(Slow(Duration::from_secs(60)));
+    let limits = Limits { wall: Duration::from_millis(300), ..Limits::default() };
+    let options = EnvironmentOptions { limits, lm: Some(lm), ..EnvironmentOptions::default() };
+    let mut session = open(options).await;
+    let pool = "from concurrent.futures import ThreadPoolExecutor\nlist(ThreadPoolExecutor(4).map(llm_query, 'abcd'))";
+    for code in ["llm_query('x')", "llm_query_batched(['x'] * 5)", pool] {
+        let execution = run(&mut session, code).await;
+        assert_eq!(
+            (execution.outcome, execution.limit),
+            (Outcome::LimitReached, Some(Limit::Wall)),
+            "{code}"
+        );
+        assert_eq!(value(&mut session, "1").await, "1", "{code}");
+    }
+}
+
+#[tokio::test]
+async fn memory_is_bounded_as_data_of_the_process() {
+    let mut session = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() }).await;
+    let execution = run(&mut session, "x = 1\nb = bytearray(1 << 30)").await;
+    assert_eq!(execution.exception.unwrap().type_name, "MemoryError");
+    assert_eq!(value(&mut session, "x").await, "1");
+}
+
+#[tokio::test]
+async fn compute_counts_children_and_not_sleep() {
+    let limits = Limits { compute: Duration::from_secs(1), ..Limits::default() };
+    let mut session = limited(limits).await;
+    let slept = run(&mut session, "import time\ntime.sleep(1.5)").await;
+    assert_eq!(slept.outcome, Outcome::Completed);
+    let child =
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'while True: pass'])";
+    let execution = run(&mut session, child).await;
+    assert_eq!((execution.outcome, execution.limit), (Outcome::LimitReached, Some(Limit::Compute)));
+}
+
+#[tokio::test]
+async fn what_a_process_cannot_do_is_refused_by_name() {
+    let policy = |policy: Policy| EnvironmentOptions { policy, ..EnvironmentOptions::default() };
+    let mount = Mount::parse("/etc:/data").unwrap();
+    let limits = Limits { fuel: 1000, ..Limits::default() };
+    let cases = [
+        ("a seed", policy(Policy { seed: Some(1), ..Policy::default() })),
+        ("a fixed clock", policy(Policy { clock: Clock::Fixed(0), ..Policy::default() })),
+        ("mounts", policy(Policy { mounts: vec![mount], ..Policy::default() })),
+        (
+            "limits.fuel",
+            EnvironmentOptions { limits: limits.clone(), ..EnvironmentOptions::default() },
+        ),
+    ];
+    for (name, options) in cases {
+        match backend().open(options).await {
+            Err(Error::Unsupported { backend: "local", operation }) => assert_eq!(operation, name),
+            other => panic!("{name}: {:?}", other.map(|_| ())),
+        }
+    }
+    let mut session = open(EnvironmentOptions::default()).await;
+    let options = ExecuteOptions { limits: Some(limits) };
+    let refused = session.execute_opts("1", options).await;
+    assert!(matches!(refused, Err(Error::Unsupported { .. })));
+    assert!(!session.capabilities().isolated);
+}
+
+#[tokio::test]
+async fn a_missing_or_unfit_python_is_named() {
+    for (python, words) in [("/no/such/python3", "/no/such/python3"), ("/bin/false", "ended with")]
+    {
+        let backend =
+            LocalBackend::new(LocalOptions { python: python.into(), ..LocalOptions::default() });
+        match backend.open(EnvironmentOptions::default()).await {
+            Err(error @ Error::Unavailable { .. }) => {
+                assert!(error.to_string().contains(words), "{error}");
+            }
+            other => panic!("{python}: {:?}", other.map(|_| ())),
+        }
+    }
+}
+
+#[tokio::test]
+async fn setup_code_runs_first_and_its_failure_is_shown() {
+    let with = |code: &str| {
+        let path = std::env::var("PATH").unwrap();
+        LocalBackend::new(LocalOptions {
+            path,
+            setup_code: Some(code.into()),
+            ..LocalOptions::default()
+        })
+    };
+    let mut session =
+        with("import math\nready = 1").open(EnvironmentOptions::default()).await.unwrap();
+    assert_eq!(value(&mut session, "ready, math.pi > 3").await, "(1, True)");
+    run(&mut session, "ready = 2").await;
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "ready").await, "1");
+    let failed = with("1/0").open(EnvironmentOptions::default()).await.map(drop).unwrap_err();
+    assert!(
+        matches!(&failed, Error::Invalid { what, reason } if what == "setup_code" && reason.contains("ZeroDivisionError")),
+        "{failed}"
+    );
+}
+
+#[tokio::test]
+async fn the_hosts_environment_is_not_the_sessions() {
+    let policy = Policy { env: vec![("GIVEN".into(), "yes".into())], ..Policy::default() };
+    let mut session = open(EnvironmentOptions { policy, ..EnvironmentOptions::default() }).await;
+    let names = value(&mut session, "import os\nsorted(os.environ)").await;
+    assert!(!names.contains("CARGO") && names.contains("GIVEN"), "{names}");
+    session.set_variable("v", Value::from("x")).await.unwrap();
+    assert_eq!(session.get_variable("v").await.unwrap(), Some(Value::from("x")));
+}
