@@ -27,33 +27,14 @@ import os
 import select
 import signal
 import sys
-import time
 import types
 
 CHUNK = 1 << 18
 OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets its turn.
 PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
-TICK_MIN, TICK_MAX = 0.005, 0.1
-KILL_SECONDS = 5
-LONG_SECONDS = 0.01
-CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
-PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
 PIPE_BYTES = 1 << 20
-# Where a container sees what its memory limit did: cgroup 2, and 1.
-OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
-
-
-def prctl(option, value):
-    """Best effort: other systems, and Pythons without ctypes, don't have it."""
-    try:
-        import ctypes
-
-        return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
-    except Exception:
-        return False
 
 
 def read_exactly(size):
@@ -122,193 +103,14 @@ class Boot:
         return None if known else codes
 
 
-class Processes:
-    """The worker's process tree: what it computes, and its end."""
-
-    def __init__(self, is_alone):
-        self.is_alone = is_alone
-        self.worker = None
-        self.ended = 0.0  # Seconds of processes that are gone.
-        self.exit = None
-        self.known = {}  # Seconds of the worker's tree but for its own, by pid.
-        self.sizes = None  # Descriptor of the worker's figures of memory.
-        self.events = open_first(OOM_FILES) if is_alone else None
-        self.ooms = self.oom_kills()
-
-    def begin(self, pid):
-        """The worker is this process."""
-        self.worker, self.exit = pid, None
-        self.sizes = open_first(("/proc/%d/statm" % pid,))
-
-    def seconds(self):
-        """Processor time of the worker and of all that it started, so far."""
-        return self.ended + self.worker_seconds() + sum(self.known.values())
-
-    def worker_seconds(self):
-        if self.worker is None:
-            return 0.0
-        try:
-            return time.clock_gettime((~self.worker << 3) | CLOCK_OF_PROCESS)
-        except (OSError, OverflowError):
-            return self.stat_seconds(self.worker)
-
-    @staticmethod
-    def stat_seconds(pid, first=11):
-        """Of the process, unless `first` is 13, and of the children that it has waited for: proc(5)."""
-        try:
-            with open("/proc/%d/stat" % pid, "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            return sum(map(int, fields[first:15])) / os.sysconf("SC_CLK_TCK")
-        except (OSError, ValueError, IndexError):
-            return 0.0
-
-    def look(self):
-        """Counts the living descendants of the worker, and those that it waited for."""
-        if self.worker is not None:
-            self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
-
-    def tree(self):
-        """Every process below this one."""
-        if self.is_alone:
-            try:
-                return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
-            except OSError:
-                return []
-        found, open_ = [], [os.getpid()]
-        while open_ and len(found) < 100_000:
-            for child in children(open_.pop()):
-                found.append(child)
-                open_.append(child)
-        return found
-
-    def reap(self):
-        """Takes note of what ended; whether the worker is among them."""
-        died = False
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return died
-            if pid == 0:
-                return died
-            self.ended += usage.ru_utime + usage.ru_stime
-            self.known.pop(pid, None)
-            if pid == self.worker:
-                self.exit, self.worker, died = status, None, True
-
-    def signal(self, number):
-        if self.worker is not None:
-            try:
-                os.kill(self.worker, number)
-            except ProcessLookupError:
-                pass
-
-    def kill(self):
-        """Ends the whole tree; what is in the middle of starting more of itself is met again."""
-        deadline = time.monotonic() + KILL_SECONDS
-        while time.monotonic() < deadline:
-            if self.is_alone and os.getpid() == 1:
-                try:
-                    os.kill(-1, signal.SIGKILL)
-                except OSError:
-                    pass
-            left = self.tree()
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except OSError:
-                    pass
-            self.reap()
-            if not self.tree():
-                break
-            time.sleep(0.001)
-        self.known = {}
-
-    def resident_kib(self):
-        try:
-            return int(os.pread(self.sizes, 256, 0).split()[1]) * PAGE_KIB
-        except (OSError, TypeError, ValueError, IndexError):
-            return 0
-
-    def oom_kills(self):
-        """How often the container's memory limit has killed a process."""
-        try:
-            lines = os.pread(self.events, 4096, 0).splitlines()
-            return sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
-        except (OSError, TypeError, ValueError, IndexError):
-            return 0
-
-    def was_starved(self):
-        before, self.ooms = self.ooms, self.oom_kills()
-        return self.ooms > before
-
-
-def open_first(paths):
-    for path in paths:
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            pass
-    return None
-
-
-def children(pid):
-    try:
-        found = []
-        for thread in os.listdir("/proc/%d/task" % pid):
-            with open("/proc/%d/task/%s/children" % (pid, thread)) as file:
-                found += map(int, file.read().split())
-        return found
-    except (OSError, ValueError):
-        return []
-
-
-class Watch:
-    """The limit on what a turn computes."""
-
-    def __init__(self, processes):
-        self.processes = processes
-        self.begun = self.soft = self.hard = None
-        self.grace = self.since = 0.0
-
-    def begin(self, compute, grace):
-        if self.processes.known:
-            self.processes.look()
-        self.begun, self.since = self.processes.seconds(), time.monotonic()
-        self.soft, self.hard, self.grace = self.begun + compute, None, grace
-
-    def end(self):
-        """The turn is over: there is time to see what it has left behind."""
-        self.soft = self.hard = None
-        self.processes.look()
-
-    def stopped(self):
-        """The worker was asked to stop: from now on it has its grace."""
-        if self.hard is None and self.begun is not None:
-            self.soft, self.hard = None, self.processes.seconds() + self.grace
-
-    def is_long(self):
-        """Whether the turn has lasted long enough to fill a memory."""
-        return time.monotonic() - self.since > LONG_SECONDS
-
-    def spent(self):
-        return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
-
-    def timeout(self):
-        """Milliseconds until it has to be looked at again; -1: never."""
-        bound = self.hard if self.soft is None else self.soft
-        if bound is None:
-            return -1
-        left = bound - self.processes.seconds()
-        return int(min(TICK_MAX, max(TICK_MIN, left)) * 1000)
-
-
 class Supervisor:
     def __init__(self, boot):
         self.settings = boot.settings
         self.codes = boot.modules()
-        self.processes = Processes(self.settings["is_alone"])
-        self.watch = Watch(self.processes)
+        import kaa_agent.processes as processes
+
+        self.processes = processes.Processes(self.settings["is_alone"])
+        self.watch = processes.Watch(self.processes)
         self.poll = select.poll()
         self.buffer, self.expected = bytearray(), 0  # An order that is not complete; bytes of a frame for the worker.
         self.pending = []  # Bytes for the worker.
@@ -322,6 +124,7 @@ class Supervisor:
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
         import kaa_agent.agent
         import kaa_agent.worker as worker
+        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
         if self.agent is None:
             self.carrier = worker.Carrier()

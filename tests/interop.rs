@@ -16,9 +16,12 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
-use kaa::EnvironmentOptions;
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, LmServer, LmServerOptions};
 use kaa::lm::{ModelUsage, Prompt, SocketHandler};
+use kaa::{
+    Backend, Context, EnvironmentExt, EnvironmentOptions, Error, LocalBackend, LocalOptions,
+    Outcome, Policy, Status,
+};
 use libtest_mimic::{Arguments, Trial};
 use regex::Regex;
 use serde_json::{Value as Json, json};
@@ -33,6 +36,7 @@ const PACKAGES: &[&str] = &[
     "markdown-it-py==4.0.0",
     "mdurl==0.1.2",
     "Pygments==2.19.2",
+    "dill==0.4.0",
 ];
 const PYTHONS: &[&str] = &["python3", "python", "python3.14", "python3.13", "python3.12"];
 const IS_NEW_ENOUGH: &str = "import sys; sys.exit(sys.version_info < (3, 11))";
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
         trial("rlms_clients_ask_kaas_server", rlms_clients_ask_kaas_server),
         trial("kaas_session_asks_rlms_handler", kaas_session_asks_rlms_handler),
         trial("both_servers_send_the_same_bytes", both_servers_send_the_same_bytes),
+        trial("a_process_saves_what_dill_loads", a_process_saves_what_dill_loads),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -331,4 +336,61 @@ fn exchange(address: SocketAddr, payload: &[u8]) -> String {
     assert_eq!(reply.len(), 4 + u32::from_be_bytes(reply[..4].try_into().unwrap()) as usize);
     let time = Regex::new(r#""execution_time": [0-9.e-]+"#).unwrap();
     time.replace_all(str::from_utf8(&reply[4..]).unwrap(), "TIME").into_owned()
+}
+
+/// A session in a process saves its variables as RLM's Docker environment keeps them: a dict in a
+/// pickle of dill.
+fn a_process_saves_what_dill_loads(rlm: &Rlm) {
+    const CODE: &str = r#"
+import math
+def area(r): return math.pi * r * r * scale
+class Box:
+    def __init__(self, items): self.items = items
+scale, items = 2, [1]
+box = Box(items)
+numbers = (n for n in range(3))
+file = open("/dev/null")
+"#;
+    const CHECK: &str = "import dill, sys\nfound = dill.load(open(sys.argv[1], 'rb'))\nprint(found['items'], found['context'], 'file' in found)";
+    let path = std::env::var("PATH").unwrap();
+    let python = rlm.python.into();
+    let backend = LocalBackend::new(LocalOptions { python, path, ..LocalOptions::default() });
+    let packages = rlm.packages.to_str().unwrap().to_owned();
+    let policy = Policy { env: vec![("PYTHONPATH".into(), packages)], ..Policy::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("state.dill");
+    block_on(async {
+        let options = EnvironmentOptions { policy, ..EnvironmentOptions::default() };
+        let mut session = backend.open(options).await.unwrap();
+        assert!(session.capabilities().snapshot);
+        session.add_context(Context::Text(b"abc".to_vec()), None).await.unwrap();
+        let defined = session.execute(CODE).await.unwrap();
+        assert_eq!(defined.outcome, Outcome::Completed, "{}", defined.stderr.text());
+        let saved = session.snapshot().await.unwrap();
+        assert_eq!(saved.unsaved(), ["file", "numbers"]);
+        saved.save(&file).unwrap();
+        // What is shared stays shared, functions see the session's globals, and contexts go on counting.
+        let probe =
+            "items.append(2)\nscale = 3\n(box.items, area(1) > 9, context, 'numbers' in globals())";
+        let expected = Some("([1, 2], True, 'abc', False)");
+        let mut fork = session.fork().await.unwrap();
+        assert_eq!(fork.execute(probe).await.unwrap().value.as_deref(), expected);
+        assert_eq!(fork.add_context(Context::Text(vec![]), None).await.unwrap(), 1);
+        assert_eq!(session.execute("items").await.unwrap().value.as_deref(), Some("[1]"));
+        session.execute("import os\nos._exit(1)").await.unwrap();
+        assert_eq!(session.status(), Status::Poisoned);
+        session.restore(&backend.load_snapshot(&file).unwrap()).await.unwrap();
+        assert_eq!(session.execute(probe).await.unwrap().value.as_deref(), expected);
+        // A pickle that can't be loaded leaves the session as it was.
+        fs::write(&file, b"\x80\x04nonsense").unwrap();
+        let refused = session.restore(&backend.load_snapshot(&file).unwrap()).await;
+        assert!(matches!(&refused, Err(Error::Invalid { what, .. }) if what == "the snapshot"));
+        assert_eq!(session.execute("items").await.unwrap().value.as_deref(), Some("[1, 2]"));
+        saved.save(&file).unwrap();
+    });
+    let mut command = Command::new(rlm.python);
+    let output = command.args(["-c", CHECK]).arg(&file).env("PYTHONPATH", &rlm.packages).output();
+    assert_eq!(String::from_utf8_lossy(&output.unwrap().stdout), "[1] abc False\n");
+    fs::write(&file, "no pickle").unwrap();
+    assert!(matches!(backend.load_snapshot(&file), Err(Error::Incompatible { .. })));
 }

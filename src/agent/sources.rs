@@ -44,6 +44,7 @@ pub(crate) fn process_sources() -> Vec<(&'static str, &'static str)> {
     let mut sources: Vec<_> = agent.collect();
     let end = sources.len() - 1;
     let own = [
+        ("processes", include_str!("../../guest/processes.py")),
         ("saving", include_str!("../../guest/saving.py")),
         ("worker", include_str!("../../guest/worker.py")),
     ];

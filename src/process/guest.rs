@@ -75,7 +75,7 @@ impl Guest {
         options: &EnvironmentOptions,
     ) -> Result<Self> {
         let Started { reader, writer, life, surroundings } =
-            machine.start(&["-E", "-c", LOADER], options).await?;
+            machine.start(&["-c", LOADER], options).await?;
         let mut guest = Self {
             link: Link::new(reader, writer),
             life,
