@@ -2,54 +2,24 @@
 //!
 //! One test for each case on each backend: `wasm::state`, `cpython::state`.
 
+#[path = "conformance/backends.rs"]
+mod backends;
 mod common;
+#[path = "conformance/liar.rs"]
+mod liar;
 #[path = "common/required.rs"]
 mod required;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
-use kaa::conformance::{Case, Differences, cases, run, run_plain};
-use kaa::{Backend, WasmBackend};
+use kaa::Backend;
+use kaa::conformance::{Case, Differences, Verdict, cases, run, run_plain};
+use liar::{Liar, Lie};
 use libtest_mimic::{Arguments, Failed, Trial};
 use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
-
-/// What the suite runs over, or why it isn't here.
-type Found<T> = &'static Result<T, String>;
-
-/// A backend of the suite.
-struct Row {
-    name: &'static str,
-    /// Cases at once.
-    most: usize,
-    find: fn() -> Found<Arc<dyn Backend>>,
-}
-
-const BACKENDS: &[Row] = &[Row { name: "wasm", most: 4, find: wasm }];
-
-fn wasm() -> Found<Arc<dyn Backend>> {
-    static FOUND: OnceLock<Result<Arc<dyn Backend>, String>> = OnceLock::new();
-    FOUND.get_or_init(|| {
-        let runtime = Arc::clone(common::runtime());
-        Ok(Arc::new(WasmBackend::new(runtime, common::image("base"))))
-    })
-}
-
-/// The host's CPython, if it's new enough for the language of the cases.
-fn cpython() -> Found<PathBuf> {
-    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    FOUND.get_or_init(|| {
-        let script = "import sys; sys.exit(sys.version_info < (3, 11))";
-        let status =
-            Command::new("python3").args(["-I", "-c", script]).stdin(Stdio::null()).status();
-        match status {
-            Ok(status) if status.success() => Ok(PathBuf::from("python3")),
-            _ => Err("there is no `python3` of 3.11 or newer".into()),
-        }
-    })
-}
 
 fn executor() -> &'static Runtime {
     static EXECUTOR: OnceLock<Runtime> = OnceLock::new();
@@ -62,9 +32,9 @@ fn main() -> ExitCode {
     let differences = Differences::parse(&table, all).unwrap_or_else(|error| panic!("{error}"));
     let differences: &'static Differences = Box::leak(Box::new(differences));
     let mut trials = Vec::new();
-    for row in BACKENDS {
+    for row in backends::ALL {
         let places: &'static Semaphore = Box::leak(Box::new(Semaphore::new(row.most)));
-        trials.extend(all.iter().map(|case| {
+        trials.extend(all.iter().filter(|case| (row.has)(case)).map(|case| {
             let name = format!("{}::{}", row.name, case.name());
             required::trial(row.name, name, row.find, move |backend: &Arc<dyn Backend>| {
                 let verdict = executor().block_on(async {
@@ -77,12 +47,16 @@ fn main() -> ExitCode {
     }
     trials.extend(all.iter().filter(|case| case.is_plain()).map(|case| {
         let name = format!("cpython::{}", case.name());
-        required::trial("cpython", name, cpython, move |python: &PathBuf| {
+        required::trial("cpython", name, backends::cpython, move |python: &PathBuf| {
             let verdict = executor().block_on(run_plain(case, python));
             verdict.map(drop).map_err(|failure| Failed::from(failure.to_string()))
         })
     }));
     trials.push(Trial::test("suite::every_file_is_in_it", || every_file_is_in_the_suite(all)));
+    trials.push(Trial::test("suite::the_tables_are_current", || the_tables_are_current(all)));
+    trials.push(required::trial("wasm", "suite::lies_are_noticed", backends::wasm, |backend| {
+        lies_are_noticed(backend, all)
+    }));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
@@ -110,5 +84,54 @@ fn every_file_is_in_the_suite(files: &[Case]) -> Result<(), Failed> {
     let names: Vec<&str> = cases.iter().map(Case::name).collect();
     assert_eq!(names, files, "the list in src/conformance/embedded.rs is that of tests/cases");
     Differences::own(&cases)?;
+    Ok(())
+}
+
+fn the_tables_are_current(all: &[Case]) -> Result<(), Failed> {
+    let table = std::fs::read_to_string(directory().join("differences.toml"))?;
+    let tables = Differences::parse(&table, all)?.to_markdown(all);
+    let readme = std::fs::read_to_string(directory().join("README.md"))?;
+    if readme.ends_with(&format!("-->\n\n{tables}")) {
+        return Ok(());
+    }
+    Err(format!("tests/cases/README.md has to end with\n\n{tables}").into())
+}
+
+/// `(lie, the case that has to notice it)`.
+const LIES: &[(Lie, &str)] = &[
+    (Lie::Stdout, "state"),
+    (Lie::Streams, "output_streams"),
+    (Lie::Outcome, "exceptions"),
+    (Lie::Message, "exceptions"),
+    (Lie::Value, "value"),
+    (Lie::RolledBack, "limit_hard"),
+    (Lie::Fuel, "limit_fuel"),
+    (Lie::Fuel, "state"),
+    (Lie::Rollback, "limit_hard"),
+    (Lie::Rollback, "drop"),
+    (Lie::Set, "variables_names"),
+    (Lie::Index, "contexts"),
+    (Lie::Status, "reset"),
+    (Lie::Restore, "snapshot_restore"),
+    (Lie::Fork, "fork"),
+    (Lie::LmCalls, "lm_calls"),
+    (Lie::Truncated, "output_cap"),
+    (Lie::Answer, "answer"),
+    (Lie::Wall, "waiting"),
+];
+
+/// The suite fails a backend that keeps most of the contract, and passes the one that it lies about.
+fn lies_are_noticed(backend: &Arc<dyn Backend>, all: &[Case]) -> Result<(), Failed> {
+    let play = |lie, case: &Case| {
+        let liar = Liar { inner: Arc::clone(backend), lie };
+        executor().block_on(run(case, &liar, &Differences::none()))
+    };
+    for (lie, name) in LIES {
+        let case = all.iter().find(|case| case.name() == *name).expect("there is such a case");
+        assert_eq!(play(Lie::Nothing, case), Ok(Verdict::Passed), "{name}");
+        if let Ok(verdict) = play(*lie, case) {
+            return Err(format!("{name} did not notice the lie {lie:?}: {verdict:?}").into());
+        }
+    }
     Ok(())
 }

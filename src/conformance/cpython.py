@@ -36,11 +36,6 @@ def run(code, filename):
     return None if last is None else eval(compile(ast.Expression(last.value), filename, "eval"), names)
 
 
-def named(kind):
-    module, name = kind.__module__, kind.__qualname__
-    return name if module in ("builtins", "__main__") else module + "." + name
-
-
 def text_of(error):
     try:
         return str(error)
@@ -61,7 +56,7 @@ def attempt(code, filename):
         while entry is not None and entry.tb_frame.f_code.co_filename in ("<string>", ast.__file__):
             entry = entry.tb_next
         error.__traceback__ = entry
-        kind, message = named(type(error)), text_of(error)
+        kind, message = type(error).__name__, text_of(error)
         lines = traceback.TracebackException(type(error), error, entry).format()
         return {
             "outcome": "raised",

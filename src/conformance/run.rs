@@ -193,6 +193,8 @@ impl Play<'_> {
 
     async fn open(&mut self, name: &str, setup: &Setup) -> Result<()> {
         let environment = self.backend.open(setup.options(&self.desk)?).await?;
+        // What a backend can do may be known only when it has opened a session.
+        self.capabilities = self.backend.capabilities();
         let (promised, found) = (&self.capabilities, environment.capabilities());
         if *promised != found {
             return Err(Error::Internal(format!(
