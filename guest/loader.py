@@ -7,6 +7,7 @@ Pythons that are too old for the rest, so that they can be told.
 
 import marshal
 import os
+import struct
 import sys
 
 
@@ -24,11 +25,11 @@ def read_part():
     return read(int.from_bytes(read(4), "big"))
 
 
-magic, code, source = read_part(), read_part(), read_part()
 if sys.version_info < (3, 9):
     event = b'{"event":"unfit","python":"%d.%d"}' % sys.version_info[:2]
-    os.write(1, b"C" + len(event).to_bytes(4, "big") + event)
+    os.write(1, b"C" + struct.pack(">I", len(event)) + event)
     os._exit(0)
+magic, code, source = read_part(), read_part(), read_part()
 if magic == sys.modules["_frozen_importlib_external"].MAGIC_NUMBER:
     code = marshal.loads(code)
 else:

@@ -47,7 +47,9 @@ class Processes:
         self.ended = 0.0  # Seconds of processes that are gone.
         self.exit = None
         self.known = {}  # Seconds of the worker's tree but for its own, by pid.
+        self.looked = 0.0  # When they were counted.
         self.sizes = None  # Descriptor of the worker's figures of memory.
+        self.families = []  # Descriptors of the lists of the supervisor's and the worker's children.
         self.events = open_first(OOM_FILES) if is_alone else None
         self.ooms = self.oom_kills()
 
@@ -55,6 +57,22 @@ class Processes:
         """The worker is this process."""
         self.worker, self.exit = pid, None
         self.sizes = open_first(("/proc/%d/statm" % pid,))
+        self.families = [open_first(("/proc/%d/task/%d/children" % (of, of),)) for of in (os.getpid(), pid)]
+
+    def forget_worker(self):
+        """Nothing of it is left."""
+        for descriptor in (self.sizes, *self.families):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.sizes, self.families, self.exit = None, [], None
+
+    def is_family(self):
+        """Whether there are more processes than the worker, as far as that's quickly known."""
+        try:
+            own, of_worker = [os.pread(descriptor, 64, 0) for descriptor in self.families]
+        except (OSError, TypeError, ValueError):
+            return True  # This system doesn't tell.
+        return len(own.split()) > 1 or bool(of_worker.strip())
 
     def seconds(self):
         """Processor time of the worker and of all that it started, so far."""
@@ -80,6 +98,7 @@ class Processes:
 
     def look(self):
         """Counts the living descendants of the worker, and those that it waited for."""
+        self.looked = time.monotonic()
         if self.worker is not None:
             self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
 
@@ -188,15 +207,17 @@ class Watch:
         self.grace = self.since = 0.0
 
     def begin(self, compute, grace):
-        if self.processes.known:
-            self.processes.look()
+        if len(self.processes.known) > 1:
+            self.processes.look()  # What the turns before have left behind went on.
         self.begun, self.since = self.processes.seconds(), time.monotonic()
+        self.processes.looked = self.since
         self.soft, self.hard, self.grace = self.begun + compute, None, grace
 
     def end(self):
-        """The turn is over: there is time to see what it has left behind."""
+        """The turn is over. What it has left behind isn't to be the next one's."""
         self.soft = self.hard = None
-        self.processes.look()
+        if self.is_long() or self.processes.is_family():
+            self.processes.look()
 
     def stopped(self):
         """The worker was asked to stop: from now on it has its grace."""
@@ -206,6 +227,17 @@ class Watch:
     def is_long(self):
         """Whether the turn has lasted long enough to fill a memory."""
         return time.monotonic() - self.since > LONG_SECONDS
+
+    def check(self):
+        """What there is to do: "soft", "hard" or nothing."""
+        bound = self.hard if self.soft is None else self.soft
+        if bound is None:
+            return None
+        if time.monotonic() - self.processes.looked > TICK_MIN:
+            self.processes.look()
+        if self.processes.seconds() < bound:
+            return None
+        return "hard" if self.soft is None else "soft"
 
     def spent(self):
         return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)

@@ -287,16 +287,12 @@ class Supervisor:
 
     def check(self):
         """The limit on what the turn computes."""
-        watch = self.watch
-        if watch.soft is None and watch.hard is None:
-            return
-        self.processes.look()
-        spent = self.processes.seconds()
-        if watch.soft is not None and spent >= watch.soft:
+        due = self.watch.check()
+        if due == "soft":
             write_all(event("limit"))
             self.processes.signal(signal.SIGINT)
-            watch.stopped()
-        elif watch.hard is not None and spent >= watch.hard:
+            self.watch.stopped()
+        elif due == "hard":
             self.bury()
 
     def bury(self):
@@ -311,9 +307,6 @@ class Supervisor:
         for descriptor in (self.channel, *self.pipes):
             self.forget(descriptor)
             os.close(descriptor)
-        if self.processes.sizes is not None:
-            os.close(self.processes.sizes)
-        self.processes.sizes = None
         self.channel, self.pipes, self.pending, self.pending_bytes = None, {}, [], 0
         self.is_blocked = False
         self.poll.modify(0, select.POLLIN)
@@ -333,7 +326,7 @@ class Supervisor:
                 resident_kib=resident,
             )
         )
-        self.processes.exit = None
+        self.processes.forget_worker()
 
     def leave(self):
         """The host is gone."""

@@ -45,7 +45,7 @@ mod capture;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 #[cfg(feature = "docker")]
-mod docker;
+pub mod docker;
 mod environment;
 mod error;
 mod frame;

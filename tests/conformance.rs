@@ -5,6 +5,8 @@
 #[path = "conformance/backends.rs"]
 mod backends;
 mod common;
+#[path = "common/docker.rs"]
+mod lab;
 #[path = "conformance/liar.rs"]
 mod liar;
 #[path = "common/required.rs"]
@@ -12,19 +14,14 @@ mod required;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
+use backends::executor;
 use kaa::Backend;
 use kaa::conformance::{Case, Differences, Verdict, cases, run, run_plain};
 use liar::{Liar, Lie};
 use libtest_mimic::{Arguments, Failed, Trial};
-use tokio::runtime::Runtime;
 use tokio::sync::Semaphore;
-
-fn executor() -> &'static Runtime {
-    static EXECUTOR: OnceLock<Runtime> = OnceLock::new();
-    EXECUTOR.get_or_init(|| Runtime::new().expect("an executor"))
-}
 
 fn main() -> ExitCode {
     let all: &'static [Case] = files().leak();

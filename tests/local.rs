@@ -1,5 +1,6 @@
 //! What is special to sessions in processes of this host; the contract is in `conformance.rs`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -290,6 +291,26 @@ async fn a_missing_or_unfit_python_is_named() {
             }
             other => panic!("{python}: {:?}", other.map(|_| ())),
         }
+    }
+}
+
+#[tokio::test]
+async fn what_an_interpreter_says_before_it_is_ready_is_understood() {
+    let unfit = r#"{"event":"unfit","python":"3.7"}"#;
+    let cases = [
+        (format!("printf 'C\\0\\0\\0\\{:o}%s' '{unfit}'", unfit.len()), "found 3.7"),
+        ("printf 'Hello, I am no Python.'".into(), "broke the protocol"),
+        ("echo 'no such module' >&2; exit 3".into(), "no such module"),
+        ("printf 'O\\377\\377\\377\\377'; sleep 60".into(), "a frame of 4294967295 bytes"),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for (at, (words, expected)) in cases.into_iter().enumerate() {
+        let script = folder.path().join(format!("python{at}"));
+        std::fs::write(&script, format!("#!/bin/sh\n{words}\n")).unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let backend = LocalBackend::new(LocalOptions { python: script, ..LocalOptions::default() });
+        let error = backend.open(EnvironmentOptions::default()).await.map(drop).unwrap_err();
+        assert!(error.to_string().contains(expected), "{words}: {error}");
     }
 }
 

@@ -66,7 +66,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("local", &["error", "environment", "limits", "policy", "process", "snapshot"]),
-    ("docker", &["error", "environment", "limits", "policy", "process", "snapshot"]),
+    ("docker", &["error", "environment", "image", "limits", "policy", "process", "snapshot"]),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
 ];
 
@@ -85,7 +85,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tokio_util", &["docker"]),
     ("jiff", &["rlm"]),
     ("reqwest", &["lm"]),
-    ("rustls", &["lm"]),
+    ("rustls", &["lm", "docker"]),
     ("rustls_platform_verifier", &["lm"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),

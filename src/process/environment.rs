@@ -24,7 +24,7 @@ use crate::lm::{Ledger, UsageSummary};
 use crate::policy::Clock;
 use crate::protocol::Message;
 use crate::snapshot::Snapshot;
-use crate::tenant::Seat;
+use crate::tenant::{Seat, Turn as Permit};
 use crate::value::Value;
 
 /// Limits of turns that aren't cells: `__repr__` and `__reduce__` of the cells may run in them.
@@ -81,7 +81,16 @@ impl ProcessEnvironment {
 
     /// A process without state, which has run the setup code.
     async fn begin(&mut self) -> Result<()> {
-        self.lost = Some("it has not begun".into());
+        let begun = self.begin_anew().await;
+        if let Err(error) = &begun {
+            self.lost.get_or_insert(error.to_string());
+        }
+        begun
+    }
+
+    async fn begin_anew(&mut self) -> Result<()> {
+        // For a future that is dropped in the middle.
+        self.lost = Some("its start was interrupted".into());
         let shared = Arc::clone(&self.shared);
         let guest = match self.guest.take() {
             Some(mut guest) if !guest.has_worker => {
@@ -112,7 +121,8 @@ impl ProcessEnvironment {
         message.body = code.as_bytes().to_vec();
         let limits = self.options.limits.clone();
         let mut streams = Streams::new(limits.output_bytes);
-        let (end, usage) = self.turn(message, &mut streams, &limits).await?;
+        let permit = self.permit().await?;
+        let (end, usage) = self.turn(message, &mut streams, &limits, permit).await?;
         let execution = match end {
             TurnEnd::Returned => {
                 let reply = self.conversation.take_reply()?;
@@ -146,23 +156,24 @@ impl ProcessEnvironment {
         }
     }
 
+    /// Leave to run, if there is a tenant to ask.
+    async fn permit(&self) -> Result<Option<Permit>> {
+        let Some(seat) = &self.seat else { return Ok(None) };
+        let mut permit = seat.admit().await?;
+        // A processor is the machine's to give, not the embedder's.
+        permit.pause(Duration::ZERO);
+        Ok(Some(permit))
+    }
+
     /// One turn for this request. A future that is dropped in the middle costs the session its state.
     async fn turn(
         &mut self,
         request: Message,
         streams: &mut Streams,
         limits: &Limits,
+        permit: Option<Permit>,
     ) -> Result<(TurnEnd, Usage)> {
         self.check_ready()?;
-        let permit = match &self.seat {
-            Some(seat) => Some(seat.admit().await?),
-            None => None,
-        };
-        let permit = permit.map(|mut permit| {
-            // A processor is the machine's to give, not the embedder's.
-            permit.pause(Duration::ZERO);
-            permit
-        });
         let quota = permit.as_ref().map(|permit| permit.lm());
         self.conversation.set_books(quota, self.ledger.clone());
         self.conversation.begin(Some(request), limits);
@@ -205,7 +216,8 @@ impl ProcessEnvironment {
         self.signal.take();
         let sent_bytes = message.body.len();
         let mut streams = Streams::new(0);
-        let (end, _) = self.turn(message, &mut streams, &limits).await?;
+        let permit = self.permit().await?;
+        let (end, _) = self.turn(message, &mut streams, &limits, permit).await?;
         let unfit = || {
             let most = self.options.limits.memory_bytes;
             Error::invalid(
@@ -265,12 +277,15 @@ impl ProcessEnvironment {
         refuse_fuel(self.shared.machine.capabilities().backend, &limits)?;
         self.check_ready()?;
         let since = Instant::now();
-        if self.signal.take() {
-            return Ok(not_begun(&limits, None, since.elapsed()));
-        }
+        let signal = Arc::clone(&self.signal);
+        let permit = tokio::select! {
+            biased;
+            () = signal.wait() => return Ok(not_begun(&limits, None, since.elapsed())),
+            permit = self.permit() => permit?,
+        };
         let request = self.conversation.cell(code);
         let mut streams = Streams::new(limits.output_bytes);
-        let (end, usage) = self.turn(request, &mut streams, &limits).await?;
+        let (end, usage) = self.turn(request, &mut streams, &limits, permit).await?;
         match end {
             TurnEnd::Gone(error) => Err(error),
             TurnEnd::Dead(death) => Ok(self.stopped(death, streams, usage)),

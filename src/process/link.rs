@@ -80,7 +80,7 @@ pub(super) enum Arrival {
     /// A call of the worker, with its number.
     Call {
         number: u32,
-        bytes: Vec<u8>,
+        bytes: Bytes,
     },
     Stdout(Bytes),
     Stderr(Bytes),
@@ -102,6 +102,8 @@ pub(super) struct Link {
     /// Answers in the outbox.
     answers: usize,
     needs_flush: bool,
+    /// Whether nobody reads any more. What was said before that is still to be heard.
+    is_deaf: bool,
     pub(super) stats: Stats,
 }
 
@@ -119,6 +121,7 @@ impl Link {
             tail: BytesMut::new(),
             answers: 0,
             needs_flush: false,
+            is_deaf: false,
             stats: Stats::default(),
         }
     }
@@ -206,6 +209,11 @@ impl Link {
     }
 
     async fn move_bytes(&mut self) -> io::Result<()> {
+        if self.is_deaf {
+            self.outbox.clear();
+            self.tail.clear();
+            self.needs_flush = false;
+        }
         while self.outbox.front().is_some_and(Bytes::is_empty) {
             self.outbox.pop_front();
         }
@@ -213,7 +221,7 @@ impl Link {
             self.outbox.push_back(self.tail.split().freeze());
         }
         if self.outbox.is_empty() && self.needs_flush {
-            self.writer.flush().await?;
+            self.is_deaf |= self.writer.flush().await.is_err();
             self.needs_flush = false;
             self.answers = 0;
             return Ok(());
@@ -225,12 +233,13 @@ impl Link {
         tokio::select! {
             biased;
             written = self.writer.write(front) => {
-                let written = written?;
-                if written == 0 {
-                    return Err(io::ErrorKind::WriteZero.into());
+                match written {
+                    Ok(0) | Err(_) => self.is_deaf = true,
+                    Ok(written) => {
+                        front.advance(written);
+                        self.needs_flush = true;
+                    }
                 }
-                front.advance(written);
-                self.needs_flush = true;
                 Ok(())
             }
             read = self.reader.read_buf(&mut self.inbox) => ended(read?),
@@ -295,7 +304,7 @@ impl Link {
             return Ok(None);
         }
         self.partial.advance(CALL_HEAD_BYTES);
-        let bytes = self.partial.split_to(length).to_vec();
+        let bytes = self.partial.split_to(length).freeze();
         Ok(Some(Arrival::Call { number: u32::from_be_bytes(number), bytes }))
     }
 

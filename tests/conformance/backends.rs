@@ -11,7 +11,9 @@ use kaa::{
     WasmBackend,
 };
 
-use crate::common;
+use tokio::runtime::Runtime;
+
+use crate::{common, lab};
 
 /// What a machine has, or why it doesn't.
 pub(crate) type Found<T> = &'static Result<T, String>;
@@ -32,6 +34,7 @@ pub(crate) const ALL: &[Row] = &[
     Row { name: "wasm", most: 4, find: wasm, has: |_| true },
     Row { name: "local", most: 4, find: local, has: |_| true },
     Row { name: "local_dill", most: 4, find: local_dill, has: |case| case.needs("snapshot") },
+    Row { name: "docker", most: 2, find: docker, has: |_| true },
 ];
 
 pub(crate) fn wasm() -> Found<Shared> {
@@ -64,6 +67,17 @@ fn host() -> Result<LocalBackend, String> {
 fn local() -> Found<Shared> {
     static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
     FOUND.get_or_init(|| Ok(Arc::new(host()?)))
+}
+
+fn docker() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| Ok(Arc::new(executor().block_on(lab::connect())?)))
+}
+
+/// One for all: sessions and clients of engines leave work to it.
+pub(crate) fn executor() -> &'static Runtime {
+    static EXECUTOR: OnceLock<Runtime> = OnceLock::new();
+    EXECUTOR.get_or_init(|| Runtime::new().expect("an executor"))
 }
 
 /// Local sessions that can import dill, and so be saved.
