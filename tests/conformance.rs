@@ -9,6 +9,8 @@ mod common;
 mod lab;
 #[path = "conformance/liar.rs"]
 mod liar;
+#[path = "conformance/nothing.rs"]
+mod nothing;
 #[path = "common/required.rs"]
 mod required;
 
@@ -54,6 +56,9 @@ fn main() -> ExitCode {
     trials.push(required::trial("wasm", "suite::lies_are_noticed", backends::wasm, |backend| {
         lies_are_noticed(backend, all)
     }));
+    trials.push(Trial::test("suite::a_backend_of_others_is_judged", || {
+        a_backend_of_others_is_judged(all)
+    }));
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
@@ -92,6 +97,25 @@ fn the_tables_are_current(all: &[Case]) -> Result<(), Failed> {
         return Ok(());
     }
     Err(format!("tests/cases/README.md has to end with\n\n{tables}").into())
+}
+
+/// One that can do nothing fails nearly everything, but refuses as it should what it says it lacks.
+fn a_backend_of_others_is_judged(all: &[Case]) -> Result<(), Failed> {
+    let judge = |name: &str| {
+        let case = all.iter().find(|case| case.name() == name).expect("there is such a case");
+        executor().block_on(run(case, &nothing::Nothing, &Differences::none()))
+    };
+    assert_eq!(judge("limit_fuel"), Ok(Verdict::Lacks("fuel")));
+    assert_eq!(judge("tools_limit").map_err(|failure| failure.step()), Err(1));
+    let text = judge("state").unwrap_err().to_string();
+    let expected = "state on nothing, step 2 (tests/cases/state.py:17):\n";
+    assert!(text.starts_with(expected), "{text}");
+    for part in ["expected \"raised\"", "found    \"completed\"", "division by zero"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let passed = all.iter().filter(|case| judge(case.name()) == Ok(Verdict::Passed)).count();
+    assert!(passed < all.len() / 10, "{passed} of {} cases", all.len());
+    Ok(())
 }
 
 /// `(lie, the case that has to notice it)`.

@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{open, print, profiled, run, session};
+use common::{open, print, profiled, run};
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, ScriptedHandler};
 use kaa::{Environment, EnvironmentOptions, Outcome, Profile};
 

@@ -124,7 +124,8 @@ impl Plan<'_> {
         let is_free = |path: &&String| {
             **path != SCRATCH && mounts.iter().all(|mount| mount.target.as_ref() != Some(*path))
         };
-        let covers: Vec<Bind> = self.image.volumes.iter().filter(is_free).map(cover).collect();
+        let covers: Vec<Bind> =
+            self.image.volumes.iter().filter(is_free).map(|path| cover(path)).collect();
         mounts.extend(covers);
         Ok(HostConfig {
             network_mode: Some(network.into()),
@@ -151,9 +152,9 @@ impl Plan<'_> {
 }
 
 /// An empty directory, which can't be written, in place of a volume.
-fn cover(path: &String) -> Bind {
+fn cover(path: &str) -> Bind {
     Bind {
-        target: Some(path.clone()),
+        target: Some(path.to_owned()),
         typ: Some(MountType::TMPFS),
         read_only: Some(true),
         tmpfs_options: Some(MountTmpfsOptions {
