@@ -353,19 +353,31 @@ fn repl_goes_on(place: &Place) {
     for part in [
         rewind.as_str(),
         "kaa: the cell cost the session its state: the interpreter exited with 3; :reset begins anew",
-        "kaa: the session has no state (the interpreter exited with 3); :reset begins anew",
-        "kaa: the environment is poisoned (the interpreter exited with 3)",
+        "kaa: the session has lost its state: the interpreter exited with 3; :reset begins anew",
     ] {
         assert!(stderr.contains(part), "{part:?} is not in {stderr}");
     }
+    // The cell that lost it, the one after that, and the command.
+    assert_eq!(stderr.matches("exited with 3; :reset begins anew").count(), 3, "{stderr}");
     assert!(!stderr.contains(":quit ends the session"), "{stderr}");
 }
 
 fn answers(place: &Place) {
     place.write("rules.json", ANSWERS);
     place.write("hay.txt", &("hay\n".repeat(1000) + "needle kaa-42\n"));
-    let words = "complete Where? --context hay.txt --lm-script rules.json";
-    place.check(&[ok(words, &[], "found kaa-42\n")]);
+    place.write(
+        "ends.json",
+        r#"{"rules": [], "default": {"response": "```repl\nimport os; os._exit(4)\n```"}}"#,
+    );
+    place.check(&[
+        ok("complete Where? --context hay.txt --lm-script rules.json", &[], "found kaa-42\n"),
+        fails(
+            "complete Where? --context hay.txt --lm-script ends.json",
+            &[],
+            125,
+            &["kaa: the session has lost its state: the interpreter exited with 4"],
+        ),
+    ]);
 }
 
 fn without_dill() {

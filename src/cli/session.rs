@@ -84,7 +84,8 @@ impl Base {
         match ready {
             Ok(()) => Ok(environment),
             Err(failure) => {
-                environment.close().await?;
+                // What went wrong first is what has to be known.
+                let _ = environment.close().await;
                 Err(failure)
             }
         }
