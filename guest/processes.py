@@ -24,6 +24,20 @@ def prctl(option, value):
         return False
 
 
+def clear(directory):
+    """A worker begins with an empty directory for its files; what is mounted in there isn't its own, and stays."""
+    for entry in [*os.scandir(directory)]:
+        try:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+            elif os.lstat(entry.path).st_dev == os.stat(directory).st_dev:
+                import shutil
+
+                shutil.rmtree(entry.path, ignore_errors=True)
+        except (OSError, RecursionError):
+            pass  # What can't be deleted can be read: it is the session's own, of before.
+
+
 class Processes:
     """The worker's process tree: what it computes, and its end."""
 

@@ -124,7 +124,7 @@ class Supervisor:
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
         import kaa_agent.agent
         import kaa_agent.worker as worker
-        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
+        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, clear, prctl
 
         if self.agent is None:
             self.carrier = worker.Carrier()
@@ -134,6 +134,7 @@ class Supervisor:
             prctl(PR_SET_DUMPABLE, 0)
             if not self.settings["is_alone"]:
                 prctl(PR_SET_CHILD_SUBREAPER, 1)
+        clear(self.settings["scratch"])
         near, far = worker.socket_pair()
         output, error = os.pipe(), os.pipe()
         pid = os.fork()

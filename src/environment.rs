@@ -235,6 +235,21 @@ pub struct Capabilities {
     pub deterministic: bool,
 }
 
+impl Capabilities {
+    /// A backend of this name that can do nothing of what is here.
+    #[must_use]
+    pub fn none(backend: &'static str) -> Self {
+        Self {
+            backend,
+            isolated: false,
+            fuel: false,
+            rollback: false,
+            snapshot: false,
+            deterministic: false,
+        }
+    }
+}
+
 /// How the code of a cell ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -346,6 +361,26 @@ pub struct Execution {
     pub usage: Usage,
 }
 
+impl Execution {
+    /// A cell that ended like this, without anything else.
+    #[must_use]
+    pub fn new(outcome: Outcome) -> Self {
+        Self {
+            outcome,
+            limit: None,
+            rolled_back: false,
+            stdout: Output::default(),
+            stderr: Output::default(),
+            value: None,
+            exception: None,
+            variables: Vec::new(),
+            final_answer: None,
+            lm_calls: Vec::new(),
+            usage: Usage::default(),
+        }
+    }
+}
+
 /// A context on its way into a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Context {
@@ -363,8 +398,9 @@ pub enum Context {
 pub struct Interrupt(Arc<dyn Fn() + Send + Sync>);
 
 impl Interrupt {
-    pub(crate) fn new(f: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Arc::new(f))
+    /// The handle of a backend: `stop` stops the cell. It may be called at any time, from any thread.
+    pub fn new(stop: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(stop))
     }
 
     /// Raises `KeyboardInterrupt` in the running cell; a cell that doesn't yield within the grace
@@ -459,7 +495,11 @@ impl Tool {
         &self.name
     }
 
-    pub(crate) fn call(&self, args: ToolArgs) -> ToolFuture {
+    /// Calls it, as a backend does for a cell. Dropping the future gives the call up.
+    pub fn call(
+        &self,
+        args: ToolArgs,
+    ) -> Pin<Box<dyn Future<Output = ToolResult> + Send + 'static>> {
         (self.call)(args)
     }
 }

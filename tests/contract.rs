@@ -1,4 +1,4 @@
-//! Every sentence of the contract in `src/environment.rs`, by its name.
+//! What is special to Wasm in the contract of `src/environment.rs`; the rest is in `tests/cases`.
 
 mod common;
 
@@ -9,117 +9,15 @@ use common::{limited, open, print, run, session};
 use kaa::lm::{Prompt, ScriptedHandler};
 use kaa::{
     Context, Environment, EnvironmentExt, EnvironmentOptions, Error, ExecuteOptions, Limit, Limits,
-    LmCall, Outcome, Status, Tool, ToolError, Value,
+    LmCall, Outcome, Tool, ToolError, Value,
 };
 
 #[tokio::test]
-async fn state_made_by_one_cell_is_there_for_the_next_also_when_it_raised() {
-    let mut session = session();
-    run(&mut session, "x = 1\nimport math\ndef f():\n    return math.pi\nclass A:\n    n = 3")
-        .await;
-    let raised = run(&mut session, "y = 2\n1/0\nz = 3").await;
-    assert_eq!(raised.outcome, Outcome::Raised);
-    assert_eq!(
-        print(&mut session, "print(x, y, f() > 3, A.n, 'z' in globals())").await,
-        "1 2 True 3 False\n"
-    );
-}
-
-#[tokio::test]
-async fn exceptions_and_exits_are_results() {
-    let mut session = session();
-    let raised = run(&mut session, "def g():\n    raise ValueError('no')\ng()").await;
-    let exception = raised.exception.unwrap();
-    assert_eq!((raised.outcome, exception.type_name.as_str()), (Outcome::Raised, "ValueError"));
-    assert_eq!(exception.message, "no");
-    let expected = ["<cell 1>\", line 3, in <module>", "    g()", "line 2, in g", "ValueError: no"];
-    for part in expected {
-        assert!(exception.traceback.contains(part), "{part}: {}", exception.traceback);
-    }
-    assert!(!exception.traceback.contains("kaa"), "{}", exception.traceback);
-    for (code, exit) in
-        [("import sys; sys.exit(3)", 3), ("raise SystemExit", 0), ("exit('words')", 1)]
-    {
-        let exited = run(&mut session, code).await;
-        assert_eq!(exited.outcome, Outcome::Exited { code: exit }, "{code}");
-        assert!(!exited.rolled_back);
-    }
-    let syntax = run(&mut session, "if True\n  pass").await;
-    assert_eq!(syntax.exception.unwrap().type_name, "SyntaxError");
-}
-
-#[tokio::test]
-async fn output_is_kept_separate_capped_and_counted() {
-    let mut session = limited(Limits { output_bytes: 10, ..Limits::default() });
-    let both = run(&mut session, "import sys\nprint('out')\nprint('err', file=sys.stderr)").await;
-    assert_eq!((both.stdout.text().as_ref(), both.stderr.text().as_ref()), ("out\n", "err\n"));
-    let much = run(&mut session, "print('x' * 1_000_000)").await;
-    assert_eq!(much.stdout.bytes, b"xxxxxxxxxx");
-    assert_eq!((much.stdout.total_bytes, much.stdout.truncated), (1_000_001, true));
-    let raised = run(&mut session, "print('before')\n1/0").await;
-    assert_eq!(raised.stdout.text(), "before\n");
-}
-
-#[tokio::test]
-async fn a_limit_never_costs_the_session() {
-    let limits = Limits { compute: Duration::from_millis(50), ..Limits::default() };
-    let mut session = limited(limits.clone());
-    run(&mut session, "keep = 41").await;
-    let soft = run(&mut session, "print('begun')\nhalf = 1\nwhile True: pass").await;
-    assert_eq!((soft.outcome, soft.limit), (Outcome::LimitReached, Some(Limit::Compute)));
-    assert!(!soft.rolled_back);
-    assert_eq!(soft.stdout.text(), "begun\n");
-    assert!(soft.stderr.text().contains("LimitReached"), "{}", soft.stderr.text());
-    assert_eq!(print(&mut session, "print(keep, half)").await, "41 1\n");
-
-    let caught = "try:\n    while True: pass\nexcept LimitReached as e:\n    print(e.limit)";
-    let caught = run(&mut session, caught).await;
-    assert_eq!((caught.outcome, caught.limit), (Outcome::Completed, Some(Limit::Compute)));
-    assert_eq!(caught.stdout.text(), "compute\n");
-
-    let stubborn = "keep = 0\nprint('begun')\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass";
-    let hard = run(&mut session, stubborn).await;
-    assert_eq!((hard.outcome, hard.rolled_back), (Outcome::LimitReached, true));
-    assert_eq!(hard.stdout.text(), "begun\n");
-    assert_eq!(print(&mut session, "print(keep, half)").await, "41 1\n");
-    assert_eq!(session.status(), Status::Ready);
-}
-
-#[tokio::test]
-async fn waiting_for_the_host_is_wall_and_not_compute() {
-    let nap = Tool::new_async("nap", |_| async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        Ok(Value::None)
-    });
-    let mut session = open(EnvironmentOptions {
-        limits: Limits { compute: Duration::from_millis(100), ..Limits::default() },
-        tools: vec![nap],
-        ..EnvironmentOptions::default()
-    });
-    let waited = run(&mut session, "import time\nnap()\ntime.sleep(0.1)").await;
-    assert_eq!(waited.outcome, Outcome::Completed, "{}", waited.stderr.text());
-    assert!(waited.usage.host_wait >= Duration::from_millis(290), "{:?}", waited.usage);
-    assert!(waited.usage.compute < Duration::from_millis(100), "{:?}", waited.usage);
-    assert!(waited.usage.wall >= waited.usage.host_wait + waited.usage.compute);
-}
-
-#[tokio::test]
-async fn a_guest_cannot_forge_messages() {
+async fn a_guest_can_lie_about_its_own_result_and_nothing_else() {
     let mut session = open(EnvironmentOptions {
         lm: Some(Arc::new(ScriptedHandler::echo())),
         ..EnvironmentOptions::default()
     });
-    let forged = r#"
-import os, struct
-frame = b'{"op":"done","outcome":"exited","exit_code":9}'
-for fd in range(3, 10):
-    try: os.write(fd, struct.pack('>I', len(frame)) + frame)
-    except OSError: pass
-os.write(1, struct.pack('>I', len(frame)) + frame)
-"#;
-    let execution = run(&mut session, forged).await;
-    assert_eq!(execution.outcome, Outcome::Completed);
-    assert!(execution.stdout.total_bytes > 40);
     // Through the door itself a cell can lie about its own result, and about nothing else.
     let lies = [
         "import _host\n_host.call(b'garbage')",
@@ -188,43 +86,6 @@ for frame in (b'L', b'Lhi', b'R\xff\xed\xa0\x80', b'L' + b'x' * 5000, b'Lone too
         ("\u{fffd}\u{fffd}\u{fffd}\u{fffd}", &prompt[..])
     );
     assert_eq!(print(&mut session, "print(llm_query('on'))").await, "on\n");
-}
-
-#[tokio::test]
-async fn dropping_a_future_is_safe() {
-    let never = Tool::new_async("never", |_| std::future::pending());
-    let mut session =
-        open(EnvironmentOptions { tools: vec![never], ..EnvironmentOptions::default() });
-    run(&mut session, "keep = [41]").await;
-    for code in [
-        "keep.append(1)\nnever()",
-        "keep.append(1)\nwhile True: pass",
-        "import time; time.sleep(60)",
-    ] {
-        let dropped = tokio::time::timeout(Duration::from_millis(100), session.execute(code)).await;
-        assert!(dropped.is_err(), "{code}");
-        assert_eq!(print(&mut session, "print(keep)").await, "[41]\n", "{code}");
-    }
-}
-
-#[tokio::test]
-async fn an_interrupt_stops_the_cell_and_keeps_the_session() {
-    let mut session = session();
-    let interrupt = session.interrupt();
-    interrupt.interrupt();
-    assert_eq!(print(&mut session, "x = 1\nprint('not me')").await, "not me\n");
-    for code in ["while True: pass", "import time; time.sleep(60)"] {
-        let interrupt = session.interrupt();
-        let later = tokio::spawn(async move {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            interrupt.interrupt();
-        });
-        let stopped = run(&mut session, code).await;
-        later.await.unwrap();
-        assert_eq!(stopped.exception.unwrap().type_name, "KeyboardInterrupt", "{code}");
-        assert_eq!((stopped.outcome, stopped.limit), (Outcome::Raised, Some(Limit::Interrupt)));
-    }
-    assert_eq!(print(&mut session, "print(x)").await, "1\n");
 }
 
 #[tokio::test]
@@ -301,30 +162,6 @@ async fn a_refused_first_request_leaves_the_session_as_it_was_asked_for() {
     session.add_context(Context::Json(b"[1,".to_vec()), None).await.unwrap_err();
     assert_eq!(print(&mut session, "seven()").await, "7\n");
     assert_eq!(run(&mut session, "import os").await.exception.unwrap().type_name, "ImportError");
-}
-
-#[tokio::test]
-async fn contexts_are_exact() {
-    let mut session = session();
-    let text = "é\r\n\r\0\u{1F40D}\"".as_bytes();
-    assert_eq!(session.add_context(Context::Text(text.to_vec()), None).await.unwrap(), 0);
-    let echo = "print(context is context_0, ascii(context))";
-    assert_eq!(print(&mut session, echo).await, "True '\\xe9\\r\\n\\r\\x00\\U0001f40d\"'\n");
-    let surrogate = Context::Text(b"\xed\xa0\x80\\".to_vec());
-    assert_eq!(session.add_context(surrogate, None).await.unwrap(), 1);
-    assert_eq!(print(&mut session, "print(ascii(context_1))").await, "'\\ud800\\\\'\n");
-    let json = Context::Json(br#"{"rows": [1, 2.5, null, "x"]}"#.to_vec());
-    assert_eq!(session.add_context(json, None).await.unwrap(), 2);
-    assert_eq!(print(&mut session, "print(context_2['rows'])").await, "[1, 2.5, None, 'x']\n");
-    let bytes = Context::Bytes(vec![0, 255]);
-    assert_eq!(session.add_context(bytes, Some(7)).await.unwrap(), 7);
-    assert_eq!(print(&mut session, "print(context_7)").await, "b'\\x00\\xff'\n");
-    for (bad, word) in
-        [(Context::Text(b"ab\xff".to_vec()), "byte 2"), (Context::Json(b"[1,".to_vec()), "JSON")]
-    {
-        let error = session.add_context(bad, None).await.unwrap_err();
-        assert!(error.to_string().contains(word), "{error}");
-    }
 }
 
 #[tokio::test]
@@ -477,64 +314,6 @@ async fn tools_take_arguments_and_raise() {
     assert_eq!(print(&mut session, "print(late())").await, "7\n");
     let error = session.register_tool(Tool::new("context", |_| Ok(Value::None))).unwrap_err();
     assert!(error.to_string().contains("Custom tools cannot override reserved REPL functions"));
-}
-
-#[tokio::test]
-async fn reset_forgets_everything_but_the_tools() {
-    let tool = Tool::new("seven", |_| Ok(Value::from(7i64)));
-    let mut session =
-        open(EnvironmentOptions { tools: vec![tool], ..EnvironmentOptions::default() });
-    run(&mut session, "x = 1\nimport json\njson.dumps = None\nopen('/tmp/f', 'w').write('x')")
-        .await;
-    session.add_context(Context::Text(b"c".to_vec()), None).await.unwrap();
-    session.reset().await.unwrap();
-    let code = "import json, os\nprint('x' in globals(), 'context' in globals(), json.dumps([1]), seven(), os.listdir('/tmp'))";
-    assert_eq!(print(&mut session, code).await, "False False [1] 7 []\n");
-    Box::new(session).close().await.unwrap();
-}
-
-#[tokio::test]
-async fn lm_calls_go_to_the_handler_and_are_reported() {
-    let script = r#"{"model": "m", "rules": [{"contains": "boom", "error": "kaput"}], "default": {"response": "<${prompt}>"}}"#;
-    let mut session = open(EnvironmentOptions {
-        lm: Some(Arc::new(ScriptedHandler::from_json(script).unwrap())),
-        limits: Limits { lm_calls: 7, ..Limits::default() },
-        ..EnvironmentOptions::default()
-    });
-    let code = "print(llm_query('a'), llm_query('boom'), llm_query_batched(['b', 'boom', 'c'], model='x'), llm_query_batched([]))";
-    let execution = run(&mut session, code).await;
-    assert_eq!(
-        execution.stdout.text(),
-        "<a> Error: kaput ['<b>', 'Error: llm() call failed - kaput', '<c>'] []\n"
-    );
-    let prompts: Vec<_> =
-        execution.lm_calls.iter().map(|call| call.prompt.to_text().into_owned()).collect();
-    assert_eq!(prompts, ["a", "b", "c"]);
-    assert_eq!(execution.usage.lm_calls, 5);
-    let beyond = print(&mut session, "print(llm_query_batched(['x'] * 8)[0])").await;
-    assert_eq!(beyond, "Error: LM call limit exceeded: 0 + 8 > 7\n");
-    let mut alone = common::session();
-    let none = print(&mut alone, "print(llm_query('a'), llm_query_batched(['a', 'b']))").await;
-    let error = "Error: No LM handler configured";
-    assert_eq!(none, format!("{error} ['{error}', '{error}']\n"));
-}
-
-#[tokio::test]
-async fn options_out_of_range_are_refused_by_name() {
-    let cases = [
-        (Limits { memory_bytes: 1, ..Limits::default() }, "limits.memory_bytes"),
-        (Limits { fuel: 0, ..Limits::default() }, "limits.fuel"),
-        (Limits { wall: Duration::ZERO, ..Limits::default() }, "limits.wall"),
-        (Limits { lm_concurrency: 0, ..Limits::default() }, "limits.lm_concurrency"),
-    ];
-    for (limits, name) in cases {
-        let options = EnvironmentOptions { limits, ..EnvironmentOptions::default() };
-        let error = common::runtime().environment(&common::image("base"), options).unwrap_err();
-        assert!(error.to_string().starts_with(name), "{error}");
-    }
-    let mut session = session();
-    let options = ExecuteOptions { limits: Some(Limits { fuel: 0, ..Limits::default() }) };
-    assert!(matches!(session.execute_opts("1", options).await, Err(Error::Invalid { .. })));
 }
 
 #[test]

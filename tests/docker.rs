@@ -101,7 +101,12 @@ fn main() -> ExitCode {
         })
     };
     let need = lab;
-    let lab = |name: &str, test: fn(&Lab)| required::trial(SUITE, name, need, test);
+    let lab = |name: &str, test: fn(&Lab)| {
+        required::trial(SUITE, name, need, move |lab| {
+            test(lab);
+            Ok(())
+        })
+    };
     let trials = vec![
         lab("a_guest_is_nobody_and_can_write_only_scratch", walls::identity_and_files),
         lab("a_guest_has_no_network_but_models_answer", walls::network),

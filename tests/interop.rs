@@ -103,7 +103,12 @@ fn install(python: &str, target: &Path, packages: &Path) -> Result<(), String> {
 }
 
 fn main() -> ExitCode {
-    let trial = |name, test| required::trial(SUITE, name, rlm, test);
+    let trial = |name, test: fn(&Rlm)| {
+        required::trial(SUITE, name, rlm, move |rlm| {
+            test(rlm);
+            Ok(())
+        })
+    };
     let trials: Vec<Trial> = vec![
         trial("rlms_clients_ask_kaas_server", rlms_clients_ask_kaas_server),
         trial("kaas_session_asks_rlms_handler", kaas_session_asks_rlms_handler),

@@ -3,12 +3,10 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
-use common::{open, print, profiled, run, session};
+use common::{open, print, profiled, run};
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, ScriptedHandler};
-use kaa::{Context, Environment, EnvironmentOptions, Outcome, Policy, Profile};
+use kaa::{Environment, EnvironmentOptions, Outcome, Profile};
 
 /// `(cells, what the last one prints, its value, its final answer)`.
 type Case = (&'static [&'static str], &'static str, Option<&'static str>, Option<&'static str>);
@@ -122,141 +120,6 @@ async fn each_profile_has_its_own_rules() {
         }
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
-}
-
-#[tokio::test]
-async fn openenv_cuts_streams_refuses_imports_and_raises_lm_errors() {
-    let mut session = open(EnvironmentOptions {
-        profile: Profile::OpenEnv,
-        lm: Some(Arc::new(ScriptedHandler::from_fn(|_| Err(LmError::new("kaput"))))),
-        ..EnvironmentOptions::default()
-    });
-    let long = run(&mut session, "print('x' * 10_000)").await;
-    assert_eq!(
-        long.stdout.text(),
-        format!("{}\n... (truncated, total 10001 chars)", "x".repeat(8192))
-    );
-    let refused = run(&mut session, "import os").await;
-    let exception = refused.exception.unwrap();
-    assert!(
-        exception.message.starts_with("Import of os is not allowed. Authorized imports are: ["),
-        "{}",
-        exception.message
-    );
-    assert!(
-        refused.stderr.text().starts_with("ImportError: Import of os"),
-        "{}",
-        refused.stderr.text()
-    );
-    assert_eq!(
-        run(&mut session, "import json, statistics, collections").await.outcome,
-        Outcome::Completed
-    );
-    let raised = run(&mut session, "llm_query('x')").await;
-    assert!(raised.exception.unwrap().message.contains("kaput"));
-    let new = run(&mut session, "a = 'y' * 1000\n_b = 2").await;
-    let names: Vec<_> =
-        new.variables.iter().map(|v| (v.name.as_str(), v.new, v.repr.len())).collect();
-    assert_eq!(names, [("a", true, 503)]);
-}
-
-#[tokio::test]
-async fn imports_can_be_allowed_by_name() {
-    let policy = Policy { allowed_imports: Some(vec!["json".into()]), ..Policy::default() };
-    let mut session = open(EnvironmentOptions { policy, ..EnvironmentOptions::default() });
-    assert_eq!(print(&mut session, "import json\nprint(json.loads('1'))").await, "1\n");
-    let refused = run(&mut session, "import csv").await.exception.unwrap();
-    assert_eq!(refused.message, "Import of csv is not allowed. Authorized imports are: ['json']");
-}
-
-#[tokio::test]
-async fn reports_name_new_and_changed_variables() {
-    let mut session = session();
-    let first =
-        run(&mut session, "a = [1]\nb = 'x' * 600\n_c = 1\nimport math\ndef f(): pass").await;
-    let seen: Vec<_> =
-        first.variables.iter().map(|v| (v.name.as_str(), v.type_name.as_str(), v.new)).collect();
-    let expected = [
-        ("a", "list", true),
-        ("b", "str", true),
-        ("math", "module", true),
-        ("f", "function", true),
-    ];
-    assert_eq!(seen, expected);
-    assert_eq!(first.variables[1].repr, format!("'{}...", "x".repeat(499)));
-    let second = run(&mut session, "a.append(2)\nb = 1\n_c = 2").await;
-    let seen: Vec<_> =
-        second.variables.iter().map(|v| (v.name.as_str(), v.repr.as_str(), v.new)).collect();
-    assert_eq!(seen, [("a", "[1, 2]", false), ("b", "1", false)]);
-}
-
-#[tokio::test]
-async fn the_alias_of_a_context_is_kept() {
-    let mut session = session();
-    session.add_context(Context::Text(b"one".to_vec()), None).await.unwrap();
-    run(&mut session, "context = 'mine'").await;
-    assert_eq!(print(&mut session, "print(context)").await, "one\n");
-    run(&mut session, "context_0 = 'moved'").await;
-    assert_eq!(print(&mut session, "print(context, context_0)").await, "moved moved\n");
-}
-
-/// Answers after a while, and knows how many it answered at once.
-#[derive(Default)]
-struct Slow {
-    now: AtomicUsize,
-    most: AtomicUsize,
-    batches: AtomicUsize,
-}
-
-#[async_trait::async_trait]
-impl LmHandler for Slow {
-    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
-        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
-        self.most.fetch_max(now, Ordering::SeqCst);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        self.now.fetch_sub(1, Ordering::SeqCst);
-        self.batches.fetch_add(1, Ordering::SeqCst);
-        Ok(LmCompletion {
-            response: request.prompt.to_text().to_uppercase(),
-            ..LmCompletion::default()
-        })
-    }
-}
-
-#[tokio::test]
-async fn threads_and_pools_gather_lm_calls_into_a_batch() {
-    let handler = Arc::new(Slow::default());
-    let mut session =
-        open(EnvironmentOptions { lm: Some(handler.clone()), ..EnvironmentOptions::default() });
-    let cells = [
-        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as pool: print(list(pool.map(llm_query, 'abcdefgh')))",
-        "def ask(x):\n    return llm_query('p' + x) + '!'\nwith ThreadPoolExecutor(8) as pool: print([f.result() for f in [pool.submit(ask, x) for x in 'abcdefgh']])",
-        "import threading\nout = {}\ndef work(x): out[x] = llm_query(x)\nts = [threading.Thread(target=work, args=(x,)) for x in 'abcdefgh']\nfor t in ts: t.start()\nfor t in ts: t.join()\nprint([out[x] for x in 'abcdefgh'])",
-        "print(llm_query_batched(list('abcdefgh')))",
-        "import asyncio\nasync def m(): return await asyncio.gather(*[asyncio.to_thread(llm_query, x) for x in 'abcdefgh'])\nprint(asyncio.run(m()))",
-    ];
-    let plain = "['A', 'B', 'C', 'D', 'E', 'F', 'G', 'H']\n";
-    let asked = "['PA!', 'PB!', 'PC!', 'PD!', 'PE!', 'PF!', 'PG!', 'PH!']\n";
-    for (cell, expected) in cells.into_iter().zip([plain, asked, plain, plain, plain]) {
-        handler.most.store(0, Ordering::SeqCst);
-        let started = Instant::now();
-        assert_eq!(print(&mut session, cell).await, expected, "{cell}");
-        assert_eq!(handler.most.load(Ordering::SeqCst), 8, "{cell}");
-        assert!(started.elapsed() < Duration::from_millis(400), "{cell}: {:?}", started.elapsed());
-    }
-}
-
-#[tokio::test]
-async fn a_batch_is_bounded_and_in_order() {
-    let handler = Arc::new(Slow::default());
-    let mut session = open(EnvironmentOptions {
-        lm: Some(handler.clone()),
-        limits: kaa::Limits { lm_concurrency: 5, ..kaa::Limits::default() },
-        ..EnvironmentOptions::default()
-    });
-    let code = "r = llm_query_batched([f'p{i}' for i in range(20)])\nprint(r == [f'P{i}' for i in range(20)])";
-    assert_eq!(print(&mut session, code).await, "True\n");
-    assert_eq!(handler.most.load(Ordering::SeqCst), 5);
 }
 
 #[tokio::test]

@@ -10,15 +10,12 @@ const VARIABLE: &str = "KAA_REQUIRE";
 /// A test of `suite` over what `need` gives; its error says what is missing.
 pub(crate) fn trial<T: 'static>(
     suite: &'static str,
-    name: &str,
+    name: impl Into<String>,
     need: fn() -> &'static Result<T, String>,
-    test: fn(&T),
+    test: impl FnOnce(&T) -> Result<(), Failed> + Send + 'static,
 ) -> Trial {
     Trial::ignorable_test(name, move || match need() {
-        Ok(thing) => {
-            test(thing);
-            Ok(Completion::Completed)
-        }
+        Ok(thing) => test(thing).map(|()| Completion::Completed),
         Err(reason) if is_required(suite) => {
             Err(Failed::from(format!("{VARIABLE} names {suite}, but {reason}")))
         }

@@ -123,7 +123,9 @@ impl Own {
         let mut command = Command::new("dockerd");
         command.arg("-H").arg(format!("unix://{}", self.socket().display()));
         command.arg("--data-root").arg(path("data")).arg("--exec-root").arg(path("exec"));
-        command.arg("-p").arg(path("docker.pid")).args(["--bridge=none", "--iptables=false"]);
+        command.arg("-p").arg(path("docker.pid"));
+        // It shares the bridge with the engine that is there: without one it would remove that.
+        command.args(["--iptables=false", "--ip-forward=false", "--ip-masq=false"]);
         // Not the system's settings.
         std::fs::write(path("daemon.json"), "{}").unwrap();
         command.arg("--config-file").arg(path("daemon.json"));

@@ -1,0 +1,134 @@
+//! What the suite runs over, and why it isn't here if it isn't.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, OnceLock};
+
+use async_trait::async_trait;
+use kaa::conformance::Case;
+use kaa::{
+    Backend, Capabilities, Environment, EnvironmentOptions, LocalBackend, LocalOptions, Result,
+    WasmBackend,
+};
+
+use tokio::runtime::Runtime;
+
+use crate::{common, lab};
+
+/// What a machine has, or why it doesn't.
+pub(crate) type Found<T> = &'static Result<T, String>;
+type Shared = Arc<dyn Backend>;
+
+/// A backend of the suite.
+pub(crate) struct Row {
+    /// Of its tests, and for `KAA_REQUIRE`.
+    pub(crate) name: &'static str,
+    /// Cases at once.
+    pub(crate) most: usize,
+    pub(crate) find: fn() -> Found<Shared>,
+    /// Which cases are run over it: all, unless another row has the rest.
+    pub(crate) has: fn(&Case) -> bool,
+}
+
+pub(crate) const ALL: &[Row] = &[
+    Row { name: "wasm", most: 4, find: wasm, has: |_| true },
+    Row { name: "local", most: 4, find: local, has: |_| true },
+    Row { name: "local_dill", most: 4, find: local_dill, has: |case| case.needs("snapshot") },
+    Row { name: "docker", most: 2, find: docker, has: |_| true },
+];
+
+pub(crate) fn wasm() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let runtime = Arc::clone(common::runtime());
+        Ok(Arc::new(WasmBackend::new(runtime, common::image("base"))))
+    })
+}
+
+/// The host's CPython, if it's new enough for the language of the cases.
+pub(crate) fn cpython() -> Found<PathBuf> {
+    static FOUND: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let script = "import sys; sys.exit(sys.version_info < (3, 11))";
+        let mut command = Command::new("python3");
+        match command.args(["-I", "-c", script]).stdin(Stdio::null()).status() {
+            Ok(status) if status.success() => Ok(PathBuf::from("python3")),
+            _ => Err("there is no `python3` of 3.11 or newer".into()),
+        }
+    })
+}
+
+fn host() -> Result<LocalBackend, String> {
+    cpython().as_ref().map_err(Clone::clone)?;
+    let path = std::env::var("PATH").map_err(|error| format!("PATH: {error}"))?;
+    Ok(LocalBackend::new(LocalOptions { path, ..LocalOptions::default() }))
+}
+
+fn local() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| Ok(Arc::new(host()?)))
+}
+
+fn docker() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| Ok(Arc::new(executor().block_on(lab::connect())?)))
+}
+
+/// One for all: sessions and clients of engines leave work to it.
+pub(crate) fn executor() -> &'static Runtime {
+    static EXECUTOR: OnceLock<Runtime> = OnceLock::new();
+    EXECUTOR.get_or_init(|| Runtime::new().expect("an executor"))
+}
+
+/// Local sessions that can import dill, and so be saved.
+struct WithDill {
+    host: LocalBackend,
+    packages: String,
+}
+
+#[async_trait]
+impl Backend for WithDill {
+    fn capabilities(&self) -> Capabilities {
+        self.host.capabilities()
+    }
+
+    async fn open(&self, mut options: EnvironmentOptions) -> Result<Box<dyn Environment>> {
+        options.policy.env.push(("PYTHONPATH".into(), self.packages.clone()));
+        self.host.open(options).await
+    }
+}
+
+fn local_dill() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let packages = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dill-0.4.0");
+        if !packages.exists() {
+            install_dill(&packages)?;
+        }
+        let packages = packages.to_str().ok_or("the target directory isn't UTF-8")?.to_owned();
+        Ok(Arc::new(WithDill { host: host()?, packages }))
+    })
+}
+
+/// The directory appears with all in it, or not at all.
+fn install_dill(packages: &Path) -> Result<(), String> {
+    let io = |error: std::io::Error| error.to_string();
+    let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).map_err(io)?;
+    let output = Command::new("python3")
+        .args(["-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
+        .args(["--disable-pip-version-check", "--no-input", "--quiet", "dill==0.4.0", "--target"])
+        .arg(fresh.path().join("packages"))
+        .stdin(Stdio::null())
+        .output()
+        .map_err(io)?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        let last = words.trim().lines().last().unwrap_or("nothing");
+        return Err(format!("`python3 -m pip install dill==0.4.0` says: {last}"));
+    }
+    match std::fs::rename(fresh.path().join("packages"), packages) {
+        // Another run was quicker.
+        Err(_) if packages.exists() => Ok(()),
+        result => result.map_err(io),
+    }
+}
