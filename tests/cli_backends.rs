@@ -123,7 +123,7 @@ fn main() -> ExitCode {
         local("a_missing_interpreter_is_named", missing_interpreter),
         local("an_engine_that_is_not_there_is_named", missing_engine),
         local("the_table_of_the_readme_is_what_the_backends_say", readme_table),
-        required::trial("dill", "local_snapshots", dill, |packages| {
+        trial("dill", "local_snapshots", dill, |packages| {
             let packages = packages.display();
             snapshots(&Place::new(format!("--backend local --env PYTHONPATH={packages}")));
         }),
@@ -134,11 +134,24 @@ fn main() -> ExitCode {
         ("docker_repl_goes_on", repl_goes_on),
         ("docker_answers_questions", answers),
     ];
-    trials.extend(docker.map(|(name, test)| required::trial("docker", name, engine, test)));
-    trials.push(required::trial("docker", "docker_shows_its_walls", engine, docker_flags));
-    trials.push(required::trial("docker", "docker_in_doctor", engine, docker_doctor));
-    trials.push(required::trial("docker", "docker_snapshots", dill_image, snapshots));
+    trials.extend(docker.map(|(name, test)| trial("docker", name, engine, test)));
+    trials.push(trial("docker", "docker_shows_its_walls", engine, docker_flags));
+    trials.push(trial("docker", "docker_in_doctor", engine, docker_doctor));
+    trials.push(trial("docker", "docker_snapshots", dill_image, snapshots));
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A test that panics when it fails.
+fn trial<T: 'static>(
+    suite: &'static str,
+    name: &str,
+    need: fn() -> &'static Result<T, String>,
+    test: fn(&T),
+) -> Trial {
+    required::trial(suite, name, need, move |thing| {
+        test(thing);
+        Ok(())
+    })
 }
 
 /// A place on the engine that the program finds by itself, if it has the image.
