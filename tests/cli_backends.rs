@@ -128,15 +128,15 @@ fn main() -> ExitCode {
             snapshots(&Place::new(format!("--backend local --env PYTHONPATH={packages}")));
         }),
     ];
-    let docker: [(&str, fn(&Place)); 4] = [
-        ("docker_runs_cells", runs_cells),
-        ("docker_says_what_was_lost", says_what_was_lost),
-        ("docker_repl_goes_on", repl_goes_on),
-        ("docker_answers_questions", answers),
-    ];
-    trials.extend(docker.map(|(name, test)| trial("docker", name, engine, test)));
-    trials.push(trial("docker", "docker_shows_its_walls", engine, docker_flags));
-    trials.push(trial("docker", "docker_in_doctor", engine, docker_doctor));
+    let docker = |name: &str, test: fn(&Place)| trial("docker", name, engine, test);
+    trials.extend([
+        docker("docker_runs_cells", runs_cells),
+        docker("docker_says_what_was_lost", says_what_was_lost),
+        docker("docker_repl_goes_on", repl_goes_on),
+        docker("docker_answers_questions", answers),
+        docker("docker_shows_its_walls", docker_flags),
+        docker("docker_in_doctor", docker_doctor),
+    ]);
     trials.push(trial("docker", "docker_snapshots", dill_image, snapshots));
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -51,11 +51,13 @@ enum Source {
     Processes(Processes),
 }
 
+/// Reads a snapshot file.
+pub(super) type Loader = dyn Fn(&Path) -> kaa::Result<Snapshot>;
+
 /// A backend whose sessions are processes.
 pub(super) struct Processes {
     pub(super) backend: Arc<dyn Backend>,
-    /// Reads a snapshot file.
-    pub(super) load: Box<dyn Fn(&Path) -> kaa::Result<Snapshot>>,
+    pub(super) load: Box<Loader>,
     /// What a session is, for who sits in front of it.
     pub(super) what: String,
 }
