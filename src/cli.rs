@@ -158,6 +158,9 @@ impl From<Error> for Failure {
         match error {
             Error::Invalid { .. } => Self::Usage(in_flags(&error.to_string())),
             Error::Internal(_) => Self::Failed(format!("{error}; please report it")),
+            Error::Poisoned { reason } => {
+                Self::Failed(format!("the session has lost its state: {}", in_flags(&reason)))
+            }
             other => Self::Failed(in_flags(&other.to_string())),
         }
     }

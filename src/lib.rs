@@ -31,9 +31,13 @@
 //! # }
 //! ```
 //!
-//! What Kaa does not do: it gives the guest no threads, sockets or subprocesses, it doesn't protect
-//! against side channels, and it reads no environment variable and prints nothing; that is the
-//! command line's part. How it works inside: [`_architecture`].
+//! The same contract is kept by sessions in processes, which any code that takes a [`Backend`] can use:
+//! [`docker::DockerBackend`] has them in containers, [`LocalBackend`] on this host, where nothing
+//! isolates them. The suite that holds all of them to it is the module `conformance`, a feature.
+//!
+//! What Kaa does not do: in WebAssembly it gives the guest no threads, sockets or subprocesses, it
+//! doesn't protect against side channels, and it reads no environment variable and prints nothing;
+//! that is the command line's part. How it works inside: [`_architecture`].
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
 compile_error!(

@@ -123,22 +123,35 @@ fn main() -> ExitCode {
         local("a_missing_interpreter_is_named", missing_interpreter),
         local("an_engine_that_is_not_there_is_named", missing_engine),
         local("the_table_of_the_readme_is_what_the_backends_say", readme_table),
-        required::trial("dill", "local_snapshots", dill, |packages| {
+        trial("dill", "local_snapshots", dill, |packages| {
             let packages = packages.display();
             snapshots(&Place::new(format!("--backend local --env PYTHONPATH={packages}")));
         }),
     ];
-    let docker: [(&str, fn(&Place)); 4] = [
-        ("docker_runs_cells", runs_cells),
-        ("docker_says_what_was_lost", says_what_was_lost),
-        ("docker_repl_goes_on", repl_goes_on),
-        ("docker_answers_questions", answers),
-    ];
-    trials.extend(docker.map(|(name, test)| required::trial("docker", name, engine, test)));
-    trials.push(required::trial("docker", "docker_shows_its_walls", engine, docker_flags));
-    trials.push(required::trial("docker", "docker_in_doctor", engine, docker_doctor));
-    trials.push(required::trial("docker", "docker_snapshots", dill_image, snapshots));
+    let docker = |name: &str, test: fn(&Place)| trial("docker", name, engine, test);
+    trials.extend([
+        docker("docker_runs_cells", runs_cells),
+        docker("docker_says_what_was_lost", says_what_was_lost),
+        docker("docker_repl_goes_on", repl_goes_on),
+        docker("docker_answers_questions", answers),
+        docker("docker_shows_its_walls", docker_flags),
+        docker("docker_in_doctor", docker_doctor),
+    ]);
+    trials.push(trial("docker", "docker_snapshots", dill_image, snapshots));
     libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// A test that panics when it fails.
+fn trial<T: 'static>(
+    suite: &'static str,
+    name: &str,
+    need: fn() -> &'static Result<T, String>,
+    test: fn(&T),
+) -> Trial {
+    required::trial(suite, name, need, move |thing| {
+        test(thing);
+        Ok(())
+    })
 }
 
 /// A place on the engine that the program finds by itself, if it has the image.
@@ -353,19 +366,31 @@ fn repl_goes_on(place: &Place) {
     for part in [
         rewind.as_str(),
         "kaa: the cell cost the session its state: the interpreter exited with 3; :reset begins anew",
-        "kaa: the session has no state (the interpreter exited with 3); :reset begins anew",
-        "kaa: the environment is poisoned (the interpreter exited with 3)",
+        "kaa: the session has lost its state: the interpreter exited with 3; :reset begins anew",
     ] {
         assert!(stderr.contains(part), "{part:?} is not in {stderr}");
     }
+    // The cell that lost it, the one after that, and the command.
+    assert_eq!(stderr.matches("exited with 3; :reset begins anew").count(), 3, "{stderr}");
     assert!(!stderr.contains(":quit ends the session"), "{stderr}");
 }
 
 fn answers(place: &Place) {
     place.write("rules.json", ANSWERS);
     place.write("hay.txt", &("hay\n".repeat(1000) + "needle kaa-42\n"));
-    let words = "complete Where? --context hay.txt --lm-script rules.json";
-    place.check(&[ok(words, &[], "found kaa-42\n")]);
+    place.write(
+        "ends.json",
+        r#"{"rules": [], "default": {"response": "```repl\nimport os; os._exit(4)\n```"}}"#,
+    );
+    place.check(&[
+        ok("complete Where? --context hay.txt --lm-script rules.json", &[], "found kaa-42\n"),
+        fails(
+            "complete Where? --context hay.txt --lm-script ends.json",
+            &[],
+            125,
+            &["kaa: the session has lost its state: the interpreter exited with 4"],
+        ),
+    ]);
 }
 
 fn without_dill() {

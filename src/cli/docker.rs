@@ -11,7 +11,8 @@ use kaa::docker::{
 use kaa::{Capabilities, ProgressFn};
 
 use super::Failure;
-use super::doctor::{Doctor, Finding, probe};
+use super::doctor::backends::probe;
+use super::doctor::{Doctor, Finding};
 use super::session::{self, Processes};
 use super::units::Span;
 
@@ -154,23 +155,23 @@ fn host(named: Option<String>) -> Result<DockerHost, Failure> {
         ("DOCKER_HOST", Some(address)) => Some(address.clone()),
         _ => std::env::var(name).ok(),
     });
+    if let [host] = &hosts[..] {
+        return Ok(host.clone());
+    }
     let answers = |host: &&DockerHost| {
         host.socket().is_some_and(|socket| UnixStream::connect(socket).is_ok())
     };
     let there = |host: &&DockerHost| host.socket().is_some_and(|socket| socket.exists());
     // One that is there but doesn't answer has its own reason for that, which connecting tells.
     let found = hosts.iter().find(answers).or_else(|| hosts.iter().find(there));
-    match (found, &hosts[..]) {
-        (Some(host), _) | (None, [host]) => Ok(host.clone()),
-        (None, hosts) => {
-            let places: Vec<&str> = hosts.iter().map(|host| host.address.as_str()).collect();
-            Err(Failure::Failed(format!(
-                "no Docker engine was found at {}; start one, or name its address with \
-                 --docker-host or in DOCKER_HOST",
-                places.join(", ")
-            )))
-        }
-    }
+    found.cloned().ok_or_else(|| {
+        let places: Vec<&str> = hosts.iter().map(|host| host.address.as_str()).collect();
+        Failure::Failed(format!(
+            "no Docker engine was found at {}; start one, or name its address with --docker-host or \
+             in DOCKER_HOST",
+            places.join(", ")
+        ))
+    })
 }
 
 /// What `kaa doctor` finds: whether sessions in containers can be saved; `None` when there can't be any.

@@ -1,6 +1,6 @@
 //! `kaa doctor`: what works on this machine, and why the rest doesn't.
 
-mod backends;
+pub(super) mod backends;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,6 @@ use clap::Args;
 use kaa::wasm::{DirtyPages, dirty_pages_method};
 use kaa::{EnvironmentExt, EnvironmentOptions, Runtime, Store};
 
-pub(super) use self::backends::probe;
 use super::console::Console;
 use super::docker::{self, DockerFlags};
 use super::units::{Size, megabytes};

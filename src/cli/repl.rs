@@ -20,7 +20,7 @@ use super::console::Console;
 use super::flags::SessionFlags;
 use super::session::{self, Base, Plan};
 use super::units::megabytes;
-use super::{Ending, Failure, in_flags};
+use super::{Ending, Failure};
 
 const PROMPT: &str = ">>> ";
 const PROMPT_MORE: &str = "... ";
@@ -166,19 +166,24 @@ impl Repl {
             session::execute(self.branches.environment(), code, &mut self.interrupts).await
         });
         match execution {
-            Ok(execution) => self.show(&execution)?,
-            Err(kaa::Error::Poisoned { reason }) => {
-                let reason = in_flags(&reason);
-                self.console.complain(&format!("the session has no state ({reason}); {GO_ON}"));
-            }
+            Ok(execution) => self.show(&execution),
             Err(error) => {
-                self.console.complain(&in_flags(&error.to_string()));
-                if error.poisons() || session::is_lost(self.branches.environment()) {
-                    self.console.complain(&format!("the session is lost; {GO_ON}"));
-                }
+                self.fail(error.into());
+                Ok(())
             }
         }
-        Ok(())
+    }
+
+    /// Says what went wrong, which ends nothing, and how to go on where the session can't.
+    fn fail(&mut self, failure: Failure) {
+        match failure {
+            Failure::Usage(message) => self.console.complain(&message),
+            Failure::Failed(message) if session::is_lost(self.branches.environment()) => {
+                self.console.complain(&format!("{message}; {GO_ON}"));
+            }
+            Failure::Failed(message) => self.console.complain(&message),
+            Failure::Closed => {}
+        }
     }
 
     fn show(&mut self, execution: &Execution) -> Result<(), Failure> {
@@ -226,12 +231,12 @@ impl Repl {
     fn command(&mut self, command: &str) -> Result<(), Failure> {
         let (name, argument) = command.split_once(' ').unwrap_or((command, ""));
         match self.obey(name, argument.trim()) {
-            // A mistake at the prompt ends nothing.
-            Err(Failure::Usage(message) | Failure::Failed(message)) => {
-                self.console.complain(&message);
+            Err(Failure::Closed) => Err(Failure::Closed),
+            Err(failure) => {
+                self.fail(failure);
                 Ok(())
             }
-            result => result,
+            Ok(()) => Ok(()),
         }
     }
 

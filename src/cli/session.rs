@@ -51,11 +51,13 @@ enum Source {
     Processes(Processes),
 }
 
+/// Reads a snapshot file.
+pub(super) type Loader = dyn Fn(&Path) -> kaa::Result<Snapshot>;
+
 /// A backend whose sessions are processes.
 pub(super) struct Processes {
     pub(super) backend: Arc<dyn Backend>,
-    /// Reads a snapshot file.
-    pub(super) load: Box<dyn Fn(&Path) -> kaa::Result<Snapshot>>,
+    pub(super) load: Box<Loader>,
     /// What a session is, for who sits in front of it.
     pub(super) what: String,
 }
@@ -84,7 +86,8 @@ impl Base {
         match ready {
             Ok(()) => Ok(environment),
             Err(failure) => {
-                environment.close().await?;
+                // What went wrong first is what has to be known.
+                let _ = environment.close().await;
                 Err(failure)
             }
         }
