@@ -25,17 +25,29 @@ def prctl(option, value):
 
 
 def clear(directory):
-    """A worker begins with an empty directory for its files; what is mounted in there isn't its own, and stays."""
-    for entry in [*os.scandir(directory)]:
+    """A worker begins with an empty directory for its files. What is mounted in there, at any depth, stays."""
+    try:
+        device, found = os.lstat(directory).st_dev, [directory]
+    except OSError:
+        return
+    for folder in found:  # Which grows meanwhile.
         try:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-            elif os.lstat(entry.path).st_dev == os.stat(directory).st_dev:
-                import shutil
-
-                shutil.rmtree(entry.path, ignore_errors=True)
-        except (OSError, RecursionError):
-            pass  # What can't be deleted can be read: it is the session's own, of before.
+            entries = [*os.scandir(folder)]
+        except OSError:
+            continue  # It was made unreadable; that isn't worse than what the session had before.
+        for entry in entries:
+            try:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                elif os.lstat(entry.path).st_dev == device:
+                    found.append(entry.path)
+            except OSError:
+                pass
+    for folder in reversed(found[1:]):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            pass  # There is something mounted in it.
 
 
 class Processes:

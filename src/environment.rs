@@ -32,7 +32,8 @@ use crate::value::Value;
 /// - Time spent waiting for the host (LM calls, tools, sleeps) isn't compute; it is wall time.
 /// - A guest can't forge messages to the host: the channel isn't its stdout.
 /// - `restore(snapshot())` changes nothing that code can observe but clock and randomness. A session
-///   with open files refuses the snapshot, and names them.
+///   with open files refuses the snapshot, and names them; a backend that saves variable by variable
+///   leaves out what it has no form for, and names that in [`Snapshot::unsaved`].
 /// - Dropping the future of any method is safe: the session rolls back or is poisoned, and the host
 ///   leaks nothing.
 /// - What a backend can't do is [`Error::Unsupported`](crate::Error::Unsupported).
@@ -111,7 +112,8 @@ pub trait Environment: Send {
     /// [`Error::Invalid`](crate::Error::Invalid) when the name isn't an identifier or is reserved.
     fn register_tool(&mut self, tool: Tool) -> Result<()>;
 
-    /// Saves the session's state. Everything that lives in its memory is in it; see [`Snapshot`].
+    /// Saves the session's state; see [`Snapshot`]. A backend of memory images saves everything that
+    /// lives in its memory; one of processes saves variables, and names those that it can't.
     /// The session goes on as if nothing had been.
     ///
     /// # Errors
@@ -302,7 +304,7 @@ impl Output {
 /// An exception that left a cell.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exception {
-    /// The class, qualified unless it is a builtin.
+    /// The class's own name, without its module.
     pub type_name: String,
     /// `str()` of the exception.
     pub message: String,
@@ -423,7 +425,7 @@ impl fmt::Debug for Interrupt {
 pub struct ToolArgs {
     /// Positional arguments.
     pub args: Vec<Value>,
-    /// Keyword arguments, in the guest's order.
+    /// Keyword arguments, in the order of their names.
     pub kwargs: Vec<(String, Value)>,
 }
 

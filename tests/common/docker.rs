@@ -14,7 +14,12 @@ pub(crate) fn host() -> DockerHost {
 
 /// Sessions with defaults on that engine, or why there are none.
 pub(crate) async fn connect() -> Result<DockerBackend, String> {
-    let options = DockerOptions { host: host(), ..DockerOptions::default() };
+    connect_to(DockerOptions::default()).await
+}
+
+/// The same with these options, but for the engine.
+pub(crate) async fn connect_to(options: DockerOptions) -> Result<DockerBackend, String> {
+    let options = DockerOptions { host: host(), ..options };
     DockerBackend::connect(options, &|_| {}).await.map_err(|error| error.to_string())
 }
 

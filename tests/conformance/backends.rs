@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use kaa::conformance::Case;
+use kaa::docker::{DockerOptions, Pull};
 use kaa::{
     Backend, Capabilities, Environment, EnvironmentOptions, LocalBackend, LocalOptions, Result,
     WasmBackend,
@@ -35,6 +36,7 @@ pub(crate) const ALL: &[Row] = &[
     Row { name: "local", most: 4, find: local, has: |_| true },
     Row { name: "local_dill", most: 4, find: local_dill, has: |case| case.needs("snapshot") },
     Row { name: "docker", most: 2, find: docker, has: |_| true },
+    Row { name: "docker_dill", most: 2, find: docker_dill, has: |case| case.needs("snapshot") },
 ];
 
 pub(crate) fn wasm() -> Found<Shared> {
@@ -72,6 +74,16 @@ fn local() -> Found<Shared> {
 fn docker() -> Found<Shared> {
     static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
     FOUND.get_or_init(|| Ok(Arc::new(executor().block_on(lab::connect())?)))
+}
+
+/// An image that has dill.
+fn docker_dill() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let image = "kaa-test:dill".into();
+        let options = DockerOptions { image, pull: Pull::Never, ..DockerOptions::default() };
+        Ok(Arc::new(executor().block_on(lab::connect_to(options))?))
+    })
 }
 
 /// One for all: sessions and clients of engines leave work to it.
