@@ -113,8 +113,9 @@ fn a_backend_of_others_is_judged(all: &[Case]) -> Result<(), Failed> {
     for part in ["expected \"raised\"", "found    \"completed\"", "division by zero"] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    let passed = all.iter().filter(|case| judge(case.name()) == Ok(Verdict::Passed)).count();
-    assert!(passed < all.len() / 10, "{passed} of {} cases", all.len());
+    for case in all.iter().filter(|case| case.is_plain()) {
+        assert!(judge(case.name()).is_err(), "{} passes a backend that does nothing", case.name());
+    }
     Ok(())
 }
 

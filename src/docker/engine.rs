@@ -161,7 +161,13 @@ impl Engine {
             ..ListContainersOptions::default()
         };
         let listed = call(CALL_MAX, self.client.list_containers(Some(query))).await;
-        let listed = listed.map_err(|fault| fault.of_engine(&self.host))?;
+        let listed = match listed {
+            Ok(listed) => listed,
+            // Podman has states of containers that the client can't read. They pass, and until then
+            // nothing is lost but this look.
+            Err(Fault::Odd(_)) => return Ok(()),
+            Err(fault) => return Err(fault.of_engine(&self.host)),
+        };
         let leftovers = listed.into_iter().filter_map(|container| {
             let label = container.labels?.remove(OWNER_LABEL)?;
             me.outlived(&label, owner::started).then_some(container.id?)

@@ -95,15 +95,16 @@ impl Subject {
                 "somebody stopped the container with signal {}: not this session",
                 evidence.signal.unwrap_or_default()
             )),
+            Some(KILLED) => poisoned(format!(
+                "the container's main process was killed from outside; look whether \
+                 limits.memory_bytes, which is {}, is too small for it, or the machine of the engine \
+                 out of memory",
+                self.memory_bytes
+            )),
             Some(code) if !seen.has_stdout => {
                 let found = if stderr.is_empty() { "it said nothing".to_owned() } else { stderr };
                 self.no_python(format!("exit code {code}: {found}"))
             }
-            Some(KILLED) => poisoned(
-                "the container's main process was killed from outside; look whether the machine of \
-                 the engine is out of memory"
-                    .into(),
-            ),
             Some(code) if stderr.is_empty() => {
                 poisoned(format!("the container's main process ended with exit code {code}"))
             }
