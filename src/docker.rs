@@ -1,13 +1,13 @@
 //! Sessions in containers, over the API of a Docker engine.
 //!
-//! A session is a container whose main process is the supervisor of [`process`](crate::process), reached
+//! A session is a container whose main process is the supervisor of `process`, reached
 //! over the attached stdin and stdout. No port is opened and nothing is mounted for that: what a cell
 //! asks of the host (language models, tools) travels on the same channel, so that a session needs no
 //! network and by default has none.
 //!
 //! A container ends when the connection to it ends, and the engine removes what has ended: a host that
 //! is killed leaves nothing behind. What an engine that was killed as well leaves is found by its label
-//! and removed by the next [`connect`](DockerMachine::connect).
+//! and removed by the next [`connect`](DockerBackend::connect).
 
 mod address;
 mod backend;
