@@ -133,7 +133,8 @@ pub trait Environment: Send {
     async fn restore(&mut self, snapshot: &Snapshot) -> Result<()>;
 
     /// A second session in the same state, with the same options; from then on neither sees what the
-    /// other does.
+    /// other does. Where a snapshot leaves variables out, so does this: [`Snapshot::unsaved`] names
+    /// them.
     ///
     /// # Errors
     ///
