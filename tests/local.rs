@@ -346,3 +346,18 @@ async fn the_hosts_environment_is_not_the_sessions() {
     session.set_variable("v", Value::from("x")).await.unwrap();
     assert_eq!(session.get_variable("v").await.unwrap(), Some(Value::from("x")));
 }
+
+#[tokio::test]
+async fn a_reset_whose_future_is_dropped_loses_the_state() {
+    let mut session = open(EnvironmentOptions::default()).await;
+    let reset = session.reset();
+    assert!(tokio::time::timeout(Duration::ZERO, reset).await.is_err());
+    assert_eq!(session.status(), Status::Poisoned);
+    let refused = session.execute("1").await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Poisoned { reason } if reason.contains("reset")),
+        "{refused}"
+    );
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "1").await, "1");
+}
