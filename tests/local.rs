@@ -361,3 +361,27 @@ async fn a_reset_whose_future_is_dropped_loses_the_state() {
     session.reset().await.unwrap();
     assert_eq!(value(&mut session, "1").await, "1");
 }
+
+#[test]
+fn nothing_stays_behind_a_runtime_that_is_gone() {
+    let code = "import os, subprocess\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\nprint(os.getpid(), os.getppid(), child.pid, os.getcwd())";
+    for is_dropped_inside in [true, false] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut session = runtime.block_on(open(EnvironmentOptions::default()));
+        let printed = runtime.block_on(run(&mut session, code)).stdout.text().into_owned();
+        if is_dropped_inside {
+            runtime.block_on(async { drop(session) });
+            drop(runtime);
+        } else {
+            drop(runtime);
+            drop(session);
+        }
+        let mut parts: Vec<&str> = printed.split_whitespace().collect();
+        let folder = parts.pop().unwrap();
+        let since = Instant::now();
+        while parts.iter().any(|pid| is_alive(pid)) || Path::new(folder).exists() {
+            assert!(since.elapsed() < Duration::from_secs(10), "{is_dropped_inside}: {printed}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
