@@ -385,3 +385,56 @@ fn nothing_stays_behind_a_runtime_that_is_gone() {
         }
     }
 }
+
+/// A session whose `dill` is Python's own `pickle`, which is enough for what has no functions.
+async fn pickling(folder: &Path, limits: Limits) -> Box<dyn Environment> {
+    std::fs::write(folder.join("dill.py"), "from pickle import dumps, loads\n").unwrap();
+    let env = vec![("PYTHONPATH".to_owned(), folder.to_string_lossy().into_owned())];
+    let policy = Policy { env, ..Policy::default() };
+    open(EnvironmentOptions { policy, limits, ..EnvironmentOptions::default() }).await
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_stopped_costs_no_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut session = pickling(folder.path(), Limits::default()).await;
+    let slow =
+        "import time\nclass Slow:\n  def __reduce__(self): time.sleep(20)\nx, y = Slow(), Slow()";
+    run(&mut session, slow).await;
+    let interrupt = session.interrupt();
+    let stop = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        interrupt.interrupt();
+        std::future::pending::<()>().await
+    };
+    let refused = tokio::select! {
+        refused = session.snapshot() => refused.unwrap_err(),
+        () = stop => unreachable!(),
+    };
+    assert!(matches!(&refused, Error::Invalid { .. }), "{refused}");
+    assert_eq!(value(&mut session, "type(x).__name__").await, "'Slow'");
+}
+
+#[tokio::test]
+async fn a_snapshot_of_another_hand_is_taken_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut session = pickling(folder.path(), Limits::default()).await;
+    let file = folder.path().join("other.dill");
+    let cases = [
+        ("{'a': 1, '__kaa__': {'counts': 5}}", true),
+        ("{'a': 1, '__kaa__': {'first': [[]], 'answer': 3}}", true),
+        ("{'a': 1, '__kaa__': 7}", true),
+        ("{1: 1}", false),
+        ("[]", false),
+    ];
+    for (record, is_taken) in cases {
+        run(&mut session, "k = 4").await;
+        let write = format!("import pickle\nopen({file:?}, 'wb').write(pickle.dumps({record}))\n1");
+        run(&mut session, &write).await;
+        let restored = session.restore(&backend().load_snapshot(&file).unwrap()).await;
+        assert_eq!(restored.is_ok(), is_taken, "{record}: {restored:?}");
+        let left = value(&mut session, "'k' in globals(), 'a' in globals()").await;
+        assert_eq!(left, if is_taken { "(False, True)" } else { "(True, False)" }, "{record}");
+        run(&mut session, "globals().pop('a', None)").await;
+    }
+}
