@@ -438,3 +438,65 @@ async fn a_snapshot_of_another_hand_is_taken_whole_or_not_at_all() {
         run(&mut session, "globals().pop('a', None)").await;
     }
 }
+
+/// A guest that asks slow models.
+async fn asking(wait: Duration, limits: Limits) -> Box<dyn Environment> {
+    let lm: Arc<dyn LmHandler> = Arc::new(Slow(wait));
+    open(EnvironmentOptions { limits, lm: Some(lm), ..EnvironmentOptions::default() }).await
+}
+
+/// Alarms are how Python bounds a wait, and their handlers raise wherever the thread of the cells is.
+#[tokio::test]
+async fn a_handler_that_raises_tears_no_message() {
+    const ALARM: &str = "import signal, threading, time\ndef ring(*_): raise TimeoutError('rung')\nsignal.signal(signal.SIGALRM, ring)\n";
+    let cases = [
+        ("in a wait", "signal.setitimer(signal.ITIMER_REAL, 0.1)\nllm_query('x')", "rung"),
+        (
+            "while another thread reads",
+            "thread = threading.Thread(target=llm_query, args=('t',))\nthread.start()\ntime.sleep(.1)\nsignal.setitimer(signal.ITIMER_REAL, 0.1)\nsaid = llm_query('x')\nthread.join()\nsaid",
+            "rung",
+        ),
+        (
+            "again and again",
+            "end, good, n = time.time() + 2, 0, 0\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\nwhile time.time() < end:\n  try:\n    while time.time() < end:\n      n += 1\n      text = str(n) * (30_000 if n % 7 == 0 else 1)\n      assert add(text) == text\n      good += 1\n  except TimeoutError: pass\nsignal.setitimer(signal.ITIMER_REAL, 0)\ngood > 5",
+            "True",
+        ),
+        ("between cells", "signal.setitimer(signal.ITIMER_REAL, 0.1)\n1", "1"),
+    ];
+    for (name, code, expected) in cases {
+        let limits = Limits {
+            wall: Duration::from_secs(10),
+            tool_calls: u32::MAX,
+            ..Limits::default()
+        };
+        let mut session = asking(Duration::from_millis(400), limits).await;
+        let echo = |call: kaa::ToolArgs| Ok(call.args.into_iter().next().unwrap_or(Value::None));
+        session.register_tool(kaa::Tool::new("add", echo)).unwrap();
+        let found = value(&mut session, &format!("{ALARM}{code}")).await;
+        assert!(found.contains(expected), "{name}: {found}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(value(&mut session, "llm_query('y')").await, "'y'", "{name}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_too_long_for_the_host_costs_no_state() {
+    let limits = Limits { memory_bytes: 2 << 30, ..Limits::default() };
+    let mut session = asking(Duration::ZERO, limits).await;
+    run(&mut session, "x = 'a' * (270 << 20)").await;
+    let refused = session.get_variable("x").await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { reason, .. } if reason.contains("268435456")));
+    let said = value(&mut session, "llm_query(x)").await;
+    assert!(said.contains("the host takes 268435456"), "{said}");
+    assert_eq!(value(&mut session, "len(x)").await, (270 << 20).to_string());
+}
+
+#[tokio::test]
+async fn a_context_that_does_not_fit_costs_no_state() {
+    let mut session = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() }).await;
+    run(&mut session, "x = 5").await;
+    let context = kaa::Context::Bytes(vec![1; 200 << 20]);
+    let refused = session.add_context(context, None).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { what, .. } if what == "context"), "{refused}");
+    assert_eq!(value(&mut session, "x").await, "5");
+}

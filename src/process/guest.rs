@@ -11,6 +11,7 @@ use super::{Life, Machine, Started};
 use crate::agent::{LOADER, SUPERVISOR, process_sources};
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
+use crate::protocol::CALL_BYTES_MAX;
 
 /// How long a process may take from its start to its first words. A loaded machine, or an image that
 /// has to be read from a slow disk, takes seconds.
@@ -89,6 +90,7 @@ impl Guest {
             "is_alone": surroundings.is_alone,
             "data_bytes": surroundings.data_bytes,
             "file_bytes": surroundings.file_bytes,
+            "call_bytes_max": CALL_BYTES_MAX,
         });
         for part in boot(settings, code) {
             guest.link.put_raw(part);
