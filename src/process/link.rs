@@ -305,6 +305,10 @@ impl Link {
         }
         self.partial.advance(CALL_HEAD_BYTES);
         let bytes = self.partial.split_to(length).freeze();
+        if self.partial.is_empty() && length > FRAME_BYTES_MAX {
+            // The rest of the room for a long call would keep all of it.
+            self.partial = BytesMut::new();
+        }
         Ok(Some(Arrival::Call { number: u32::from_be_bytes(number), bytes }))
     }
 
