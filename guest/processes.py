@@ -7,6 +7,8 @@ import time
 TICK_MIN, TICK_MAX = 0.005, 0.1
 KILL_SECONDS = 5
 LONG_SECONDS = 0.01
+START_SECONDS = 10.0  # What nothing computes until a supervisor begins.
+HOST_SECONDS = 1.0  # How long the host may take to decide about a worker that doesn't stop.
 CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
 PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
 # Where a container sees what its memory limit did: cgroup 2, and 1.
@@ -190,6 +192,7 @@ class Watch:
     def __init__(self, processes):
         self.processes = processes
         self.begun = self.soft = self.hard = None
+        self.overdue = None  # When a worker that has to be ended is ended without the host.
         self.grace = self.since = 0.0
 
     def begin(self, compute, grace):
@@ -198,10 +201,11 @@ class Watch:
         self.begun, self.since = self.processes.seconds(), time.monotonic()
         self.processes.looked = self.since
         self.soft, self.hard, self.grace = self.begun + compute, None, grace
+        self.overdue = None
 
     def end(self):
         """The turn is over. What it has left behind isn't to be the next one's."""
-        self.soft = self.hard = None
+        self.soft = self.hard = self.overdue = None
         if self.is_long() or self.processes.is_family():
             self.processes.look()
 
@@ -215,7 +219,12 @@ class Watch:
         return time.monotonic() - self.since > LONG_SECONDS
 
     def check(self):
-        """What there is to do: "soft", "hard" or nothing."""
+        """What there is to do: "soft", "hard", later "overdue", or nothing."""
+        if self.overdue is not None:
+            if time.monotonic() < self.overdue:
+                return None
+            self.overdue = None
+            return "overdue"
         bound = self.hard if self.soft is None else self.soft
         if bound is None:
             return None
@@ -223,13 +232,18 @@ class Watch:
             self.processes.look()
         if self.processes.seconds() < bound:
             return None
-        return "hard" if self.soft is None else "soft"
+        if self.soft is not None:
+            return "soft"
+        self.hard, self.overdue = None, time.monotonic() + HOST_SECONDS
+        return "hard"
 
     def spent(self):
         return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
 
     def timeout(self):
         """Milliseconds until it has to be looked at again; -1: never."""
+        if self.overdue is not None:
+            return int(max(TICK_MIN, self.overdue - time.monotonic()) * 1000)
         bound = self.hard if self.soft is None else self.soft
         if bound is None:
             return -1

@@ -119,6 +119,7 @@ class Supervisor:
         self.channel = None
         self.pipes = {}  # Descriptor to kind of frame.
         self.agent = self.carrier = None
+        self.turn = 0  # The host's number of the turn: what is said of one isn't to be taken for the next.
 
     def start(self):
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
@@ -270,6 +271,7 @@ class Supervisor:
     def obey(self, order):
         operation = order["op"]
         if operation == "begin":
+            self.turn = order["turn"]
             self.watch.begin(order["compute"], order["grace"])
         elif operation == "end":
             self.watch.end()
@@ -288,10 +290,13 @@ class Supervisor:
         """The limit on what the turn computes."""
         due = self.watch.check()
         if due == "soft":
-            write_all(event("limit"))
+            write_all(event("limit", turn=self.turn, hard=False))
             self.processes.signal(signal.SIGINT)
             self.watch.stopped()
         elif due == "hard":
+            # The host may have heard of the cell's end already: it decides, if it does so soon.
+            write_all(event("limit", turn=self.turn, hard=True))
+        elif due == "overdue":
             self.bury()
 
     def bury(self):

@@ -500,3 +500,52 @@ async fn a_context_that_does_not_fit_costs_no_state() {
     assert!(matches!(&refused, Error::Invalid { what, .. } if what == "context"), "{refused}");
     assert_eq!(value(&mut session, "x").await, "5");
 }
+
+/// A cell that ends as its limit is reached: what its supervisor says then is not the next one's.
+#[tokio::test]
+async fn a_limit_is_not_taken_for_the_next_cells() {
+    let limits = Limits {
+        compute: Duration::from_millis(30),
+        grace: Duration::from_millis(30),
+        ..Limits::default()
+    };
+    let mut session = limited(limits).await;
+    for at in 0..40 {
+        let spin = format!(
+            "import time\nend = time.process_time() + 0.029 + {at} * 0.0001\ntry:\n  while time.process_time() < end: pass\nexcept BaseException:\n  end = time.process_time() + 0.029 + {at} * 0.0001\n  while time.process_time() < end: pass"
+        );
+        let first = run(&mut session, &spin).await;
+        if session.status() == Status::Poisoned {
+            assert_eq!(first.outcome, Outcome::LimitReached);
+            session.reset().await.unwrap();
+        }
+        let next = run(&mut session, "1").await;
+        assert_eq!((next.outcome, next.limit), (Outcome::Completed, None), "{at}");
+    }
+}
+
+#[tokio::test]
+async fn threads_that_go_on_asking_do_not_cost_a_stopped_cell_its_state() {
+    let limits = Limits { wall: Duration::from_millis(300), ..Limits::default() };
+    let mut session = asking(Duration::from_secs(60), limits).await;
+    let pool = "x = 1\nfrom concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool: list(pool.map(llm_query, 'abcdefgh' * 10))";
+    let execution = run(&mut session, pool).await;
+    assert_eq!((execution.outcome, execution.limit), (Outcome::LimitReached, Some(Limit::Wall)));
+    assert_eq!(value(&mut session, "x").await, "1");
+}
+
+#[tokio::test]
+async fn what_waiting_calls_hold_is_bounded() {
+    let limits = Limits { memory_bytes: 2 << 30, ..Limits::default() };
+    let mut session = limited(limits).await;
+    session
+        .register_tool(kaa::Tool::new_async("keep", |call| async move {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            Ok(Value::from(call.args.len() as i64))
+        }))
+        .unwrap();
+    let code = "import threading\nfound = []\ndef ask():\n  try: found.append(keep(data))\n  except RuntimeError as error: found.append(str(error))\ndata = b'x' * (100 << 20)\nthreads = [threading.Thread(target=ask) for _ in range(4)]\n[thread.start() for thread in threads]\n[thread.join() for thread in threads]\nsorted(map(str, found))";
+    let found = value(&mut session, code).await;
+    assert!(found.starts_with("['1', '1', 'calls that wait have more than"), "{found}");
+    assert_eq!(value(&mut session, "keep(data)").await, "1");
+}

@@ -51,8 +51,11 @@ pub(super) enum Event {
     },
     /// This Python is too old.
     Unfit { python: String },
-    /// The worker computed for as long as it may, and was asked to stop.
-    Limit,
+    /// The worker computed for as long as it may. It was asked to stop; or it was before, didn't, and
+    /// has to be ended (`hard`).
+    Limit { turn: u64, hard: bool },
+    /// Cells could get at the supervisor.
+    Exposed,
     /// The memory limit has killed a process of the session.
     Starved,
     /// The worker is gone, with all that it started.
