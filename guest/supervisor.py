@@ -12,7 +12,7 @@ Frames in both directions are `kind: 1 byte | length: u32 big-endian | payload`:
     B   host    the first frame: settings, sources and compiled code, see `Boot`
     D   guest   compute of the turn in us: u64 | resident KiB: u32 | bytes of the worker
     O, E guest  what was written to stdout and stderr
-    C   guest   {"event": "ready" | "limit" | "dead" | "starved"}
+    C   guest   {"event": "ready" | "limit" | "dead" | "starved" | "exposed"}
     M   guest   what `Boot` compiled, for the next session of the same Python:
                 magic number | length: u32 | supervisor, marshalled | modules, marshalled
 
@@ -132,9 +132,15 @@ class Supervisor:
             self.agent = kaa_agent.agent.install(self.carrier.call)
             self.agent.operations.update(worker.operations(self.agent))
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            prctl(PR_SET_DUMPABLE, 0)
+            is_hidden = prctl(PR_SET_DUMPABLE, 0)
             if not self.settings["is_alone"]:
                 prctl(PR_SET_CHILD_SUBREAPER, 1)
+            elif not is_hidden:
+                # A worker of the same user could open the channel to the host in /proc.
+                write_all(event("exposed"))
+                os._exit(0)
+        else:
+            empty(self.settings["scratch"])
         near, far = worker.socket_pair()
         output, error = os.pipe(), os.pipe()
         pid = os.fork()
