@@ -26,6 +26,7 @@ import marshal
 import os
 import select
 import signal
+import stat
 import sys
 import types
 
@@ -34,6 +35,7 @@ OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets
 PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
 PIPE_BYTES = 1 << 20
+OPEN_MODE = 0o700
 MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
 
 
@@ -341,6 +343,13 @@ class Supervisor:
     def leave(self):
         """The host is gone."""
         self.processes.kill()
+        if not self.settings["is_alone"]:
+            # It may be gone for good, and nobody else would do it.
+            empty(self.settings["scratch"])
+            try:
+                os.rmdir(self.settings["scratch"])
+            except OSError:
+                pass
         os._exit(0)
 
 
@@ -354,6 +363,59 @@ def read_some(descriptor):
         if error.errno in (errno.EIO, errno.ECONNRESET):
             return b""
         raise
+
+
+def empty(folder):
+    """Removes what is in a directory, however deep, but for what is mounted there. Best effort."""
+    try:
+        device = os.lstat(folder).st_dev
+    except OSError:
+        return
+    done, before = 0, -1
+    while done > before:
+        before = done
+        for path in inside(folder, device):
+            if remove(path):
+                done += 1
+                continue
+            # Its directories come up to here, so that no path gets too long.
+            for inner in inside(path, device):
+                try:
+                    if not remove(inner):
+                        os.rename(inner, "%s/.kaa-%d" % (folder, done))
+                        done += 1
+                except OSError:
+                    pass
+            done += remove(path)
+
+
+def inside(folder, device):
+    """What lies in a directory, and in this file system."""
+    try:
+        if not is_directory(folder):
+            return []
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            os.chmod(folder, OPEN_MODE)
+        found = ["%s/%s" % (folder, name) for name in os.listdir(folder)]
+        return [path for path in found if os.lstat(path).st_dev == device]
+    except OSError:
+        return []
+
+
+def is_directory(path):
+    return stat.S_ISDIR(os.lstat(path).st_mode)
+
+
+def remove(path):
+    """Whether there was a file, or an empty directory, to remove."""
+    try:
+        if is_directory(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def drain(descriptor):

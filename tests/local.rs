@@ -549,3 +549,18 @@ async fn what_waiting_calls_hold_is_bounded() {
     assert!(found.starts_with("['1', '1', 'calls that wait have more than"), "{found}");
     assert_eq!(value(&mut session, "keep(data)").await, "1");
 }
+
+#[tokio::test]
+async fn a_reset_takes_the_files_along() {
+    let mut session = open(EnvironmentOptions::default()).await;
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("kept"), "").unwrap();
+    let code = format!(
+        "import os\nopen('struct.py', 'w').write('1/0')\nos.symlink({:?}, 'link')\nhome = os.getcwd()\nos.makedirs('a/b')\nopen('a/b/file', 'w').close()\nos.chmod('a', 0)\nfor _ in range(2000):\n  os.mkdir('d' * 9); os.chdir('d' * 9)\nos.chdir(home)",
+        outside.path()
+    );
+    assert_eq!(run(&mut session, &code).await.outcome, Outcome::Completed);
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "import os\nos.listdir('.')").await, "[]");
+    assert!(outside.path().join("kept").exists());
+}
