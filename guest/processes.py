@@ -11,7 +11,8 @@ START_SECONDS = 10.0  # What nothing computes until a supervisor begins.
 HOST_SECONDS = 1.0  # How long the host may take to decide about a worker that doesn't stop.
 CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
 PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
-# Where a container sees what its memory limit did: cgroup 2, and 1.
+# Where a container sees what it computes, and what its memory limit did: cgroup 2, and 1.
+CPU_FILES = ("/sys/fs/cgroup/cpu.stat", "/sys/fs/cgroup/cpuacct/cpuacct.usage")
 OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
@@ -39,6 +40,10 @@ class Processes:
         self.sizes = None  # Descriptor of the worker's figures of memory.
         self.families = []  # Descriptors of the lists of the supervisor's and the worker's children.
         self.events = open_first(OOM_FILES) if is_alone else None
+        self.usage = open_first(CPU_FILES) if is_alone else None
+        whole, own = self.group_seconds(), time.process_time()
+        if whole is None or not own <= whole + TICK_MAX <= own + START_SECONDS:
+            self.usage = None  # It counts something else, such as the whole machine, or nothing.
         self.ooms = self.oom_kills()
 
     def begin(self, pid):
@@ -87,8 +92,23 @@ class Processes:
     def look(self):
         """Counts the living descendants of the worker, and those that it waited for."""
         self.looked = time.monotonic()
-        if self.worker is not None:
+        whole = self.group_seconds()
+        if whole is not None:
+            # The kernel's own sum has also those that nobody waited for.
+            others = whole - time.process_time() - self.worker_seconds() - self.ended
+            self.known = {0: max(others, self.known.get(0, 0.0))}
+        elif self.worker is not None:
             self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
+
+    def group_seconds(self):
+        """Processor time of all that ever ran in the container, if the system tells."""
+        try:
+            text = os.pread(self.usage, 256, 0)
+            if text.startswith(b"usage_usec "):
+                return int(text.split(None, 2)[1]) / 1e6
+            return int(text) / 1e9
+        except (OSError, TypeError, ValueError, IndexError):
+            return None
 
     def tree(self):
         """Every process below this one."""
@@ -114,10 +134,13 @@ class Processes:
                 return died
             if pid == 0:
                 return died
-            self.ended += usage.ru_utime + usage.ru_stime
-            self.known.pop(pid, None)
+            if self.usage is None:
+                self.ended += usage.ru_utime + usage.ru_stime
+                self.known.pop(pid, None)
             if pid == self.worker:
                 self.exit, self.worker, died = status, None, True
+                if self.usage is not None:
+                    self.look()
 
     def signal(self, number):
         if self.worker is not None:
@@ -145,7 +168,8 @@ class Processes:
             if not self.tree():
                 break
             time.sleep(0.001)
-        self.known = {}
+        if self.usage is None:
+            self.known = {}
 
     def resident_kib(self):
         try:
@@ -196,7 +220,7 @@ class Watch:
         self.grace = self.since = 0.0
 
     def begin(self, compute, grace):
-        if len(self.processes.known) > 1:
+        if len(self.processes.known) > 1 or self.processes.usage is not None:
             self.processes.look()  # What the turns before have left behind went on.
         self.begun, self.since = self.processes.seconds(), time.monotonic()
         self.processes.looked = self.since
