@@ -7,9 +7,12 @@ import time
 TICK_MIN, TICK_MAX = 0.005, 0.1
 KILL_SECONDS = 5
 LONG_SECONDS = 0.01
+START_SECONDS = 10.0  # What nothing computes until a supervisor begins.
+HOST_SECONDS = 1.0  # How long the host may take to decide about a worker that doesn't stop.
 CLOCK_OF_PROCESS = 2  # CPUCLOCK_SCHED in Linux's include/linux/posix-timers.h.
 PAGE_KIB = os.sysconf("SC_PAGESIZE") // 1024
-# Where a container sees what its memory limit did: cgroup 2, and 1.
+# Where a container sees what it computes, and what its memory limit did: cgroup 2, and 1.
+CPU_FILES = ("/sys/fs/cgroup/cpu.stat", "/sys/fs/cgroup/cpuacct/cpuacct.usage")
 OOM_FILES = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
@@ -22,32 +25,6 @@ def prctl(option, value):
         return ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
     except Exception:
         return False
-
-
-def clear(directory):
-    """A worker begins with an empty directory for its files. What is mounted in there, at any depth, stays."""
-    try:
-        device, found = os.lstat(directory).st_dev, [directory]
-    except OSError:
-        return
-    for folder in found:  # Which grows meanwhile.
-        try:
-            entries = [*os.scandir(folder)]
-        except OSError:
-            continue  # It was made unreadable; that isn't worse than what the session had before.
-        for entry in entries:
-            try:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                elif os.lstat(entry.path).st_dev == device:
-                    found.append(entry.path)
-            except OSError:
-                pass
-    for folder in reversed(found[1:]):
-        try:
-            os.rmdir(folder)
-        except OSError:
-            pass  # There is something mounted in it.
 
 
 class Processes:
@@ -63,6 +40,10 @@ class Processes:
         self.sizes = None  # Descriptor of the worker's figures of memory.
         self.families = []  # Descriptors of the lists of the supervisor's and the worker's children.
         self.events = open_first(OOM_FILES) if is_alone else None
+        self.usage = open_first(CPU_FILES) if is_alone else None
+        whole, own = self.group_seconds(), time.process_time()
+        if whole is None or not own <= whole + TICK_MAX <= own + START_SECONDS:
+            self.usage = None  # It counts something else, such as the whole machine, or nothing.
         self.ooms = self.oom_kills()
 
     def begin(self, pid):
@@ -111,8 +92,23 @@ class Processes:
     def look(self):
         """Counts the living descendants of the worker, and those that it waited for."""
         self.looked = time.monotonic()
-        if self.worker is not None:
+        whole = self.group_seconds()
+        if whole is not None:
+            # The kernel's own sum has also those that nobody waited for.
+            others = whole - time.process_time() - self.worker_seconds() - self.ended
+            self.known = {0: max(others, self.known.get(0, 0.0))}
+        elif self.worker is not None:
             self.known = {pid: self.stat_seconds(pid, 13 if pid == self.worker else 11) for pid in self.tree()}
+
+    def group_seconds(self):
+        """Processor time of all that ever ran in the container, if the system tells."""
+        try:
+            text = os.pread(self.usage, 256, 0)
+            if text.startswith(b"usage_usec "):
+                return int(text.split(None, 2)[1]) / 1e6
+            return int(text) / 1e9
+        except (OSError, TypeError, ValueError, IndexError):
+            return None
 
     def tree(self):
         """Every process below this one."""
@@ -138,10 +134,13 @@ class Processes:
                 return died
             if pid == 0:
                 return died
-            self.ended += usage.ru_utime + usage.ru_stime
-            self.known.pop(pid, None)
+            if self.usage is None:
+                self.ended += usage.ru_utime + usage.ru_stime
+                self.known.pop(pid, None)
             if pid == self.worker:
                 self.exit, self.worker, died = status, None, True
+                if self.usage is not None:
+                    self.look()
 
     def signal(self, number):
         if self.worker is not None:
@@ -169,7 +168,8 @@ class Processes:
             if not self.tree():
                 break
             time.sleep(0.001)
-        self.known = {}
+        if self.usage is None:
+            self.known = {}
 
     def resident_kib(self):
         try:
@@ -216,18 +216,20 @@ class Watch:
     def __init__(self, processes):
         self.processes = processes
         self.begun = self.soft = self.hard = None
+        self.overdue = None  # When a worker that has to be ended is ended without the host.
         self.grace = self.since = 0.0
 
     def begin(self, compute, grace):
-        if len(self.processes.known) > 1:
+        if len(self.processes.known) > 1 or self.processes.usage is not None:
             self.processes.look()  # What the turns before have left behind went on.
         self.begun, self.since = self.processes.seconds(), time.monotonic()
         self.processes.looked = self.since
         self.soft, self.hard, self.grace = self.begun + compute, None, grace
+        self.overdue = None
 
     def end(self):
         """The turn is over. What it has left behind isn't to be the next one's."""
-        self.soft = self.hard = None
+        self.soft = self.hard = self.overdue = None
         if self.is_long() or self.processes.is_family():
             self.processes.look()
 
@@ -241,7 +243,12 @@ class Watch:
         return time.monotonic() - self.since > LONG_SECONDS
 
     def check(self):
-        """What there is to do: "soft", "hard" or nothing."""
+        """What there is to do: "soft", "hard", later "overdue", or nothing."""
+        if self.overdue is not None:
+            if time.monotonic() < self.overdue:
+                return None
+            self.overdue = None
+            return "overdue"
         bound = self.hard if self.soft is None else self.soft
         if bound is None:
             return None
@@ -249,13 +256,18 @@ class Watch:
             self.processes.look()
         if self.processes.seconds() < bound:
             return None
-        return "hard" if self.soft is None else "soft"
+        if self.soft is not None:
+            return "soft"
+        self.hard, self.overdue = None, time.monotonic() + HOST_SECONDS
+        return "hard"
 
     def spent(self):
         return 0.0 if self.begun is None else max(0.0, self.processes.seconds() - self.begun)
 
     def timeout(self):
         """Milliseconds until it has to be looked at again; -1: never."""
+        if self.overdue is not None:
+            return int(max(TICK_MIN, self.overdue - time.monotonic()) * 1000)
         bound = self.hard if self.soft is None else self.soft
         if bound is None:
             return -1

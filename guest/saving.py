@@ -13,6 +13,7 @@ from .values import Body, short_name
 RECORD = "__kaa__"
 LOST_MAX = 200
 _FILES = (io.IOBase,)
+_RECORD_PARTS = (("counts", dict), ("first", list), ("answer", dict))
 _KEPT_DUNDERS = frozenset(("__annotations__",))
 _type, _str, _len, _bytes, _isinstance = type, str, len, bytes, isinstance
 
@@ -53,17 +54,24 @@ def make_save(agent):
             dill.loads(dill.dumps(value, protocol=4))
             return True
 
+        def attempt(function, *args):
+            result = agent.guarded(None, function, *args)
+            if agent.channel.limit is not None:
+                raise ValueError("the session: its saving was stopped (%s)" % agent.channel.limit)
+            return result
+
+        agent.channel.limit = None
         # All at once, so that what two variables share stays shared.
-        data = agent.guarded(None, dump)
+        data = attempt(dump)
         if data is None:
             for name, value in [*wanted.items()]:
-                if not agent.guarded(False, is_good, value):
+                if not attempt(is_good, value):
                     lost.append(name)
                     del wanted[name]
-            data = agent.guarded(None, dump)
+            data = attempt(dump)
         if data is None:
             record["answer"] = {"content": "", "ready": False}
-            data = agent.guarded(None, dump)
+            data = attempt(dump)
         if data is None:
             raise ValueError("the session: its variables can't be saved by dill")
         body = Body()
@@ -71,6 +79,12 @@ def make_save(agent):
         return {"lost": [short_name(name) for name in lost[:LOST_MAX]], "lost_count": _len(lost)}, body
 
     return save
+
+
+def part(record, name, kind):
+    """A part of the record, or an empty one if there is none of this kind."""
+    found = record.get(name) if _type(record) is dict else None
+    return found if _type(found) is kind else kind()
 
 
 def make_load(agent):
@@ -93,20 +107,18 @@ def make_load(agent):
             raise ValueError("the snapshot: it can't be loaded: %s: %s" % (_type(error).__name__, error)) from None
         if _type(found) is not dict or not all(_type(name) is _str for name in found):
             raise ValueError("the snapshot: it is no dict of variables")
-        record = found.pop(RECORD, None)
-        namespace = agent.namespace
+        record, namespace = found.pop(RECORD, None), agent.namespace
+        # Somebody else may have written it. From here on nothing can go wrong.
+        counts, first, answer = (part(record, name, kind) for name, kind in _RECORD_PARTS)
         namespace.reset()
         namespace.names.update(found)
-        if _type(record) is dict:
-            for kind in namespace.counts:
-                count = record.get("counts", {}).get(kind, 0)
-                namespace.counts[kind] = count if _type(count) is int and count >= 0 else 0
-            for kind in record.get("first", ()):
-                if kind in namespace.counts and kind + "_0" in found:
-                    namespace.first[kind] = namespace.names[kind] = found[kind + "_0"]
-            answer = record.get("answer")
-            if _type(answer) is dict:
-                namespace.answer = namespace.names["answer"] = Answer(answer)
+        for kind in namespace.counts:
+            count = counts.get(kind, 0)
+            namespace.counts[kind] = count if _type(count) is int and count >= 0 else 0
+            if kind in [name for name in first if _type(name) is _str] and kind + "_0" in found:
+                namespace.first[kind] = namespace.names[kind] = found[kind + "_0"]
+        if answer:
+            namespace.answer = namespace.names["answer"] = Answer(answer)
         namespace.restore()
         return {}, None
 

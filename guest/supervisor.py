@@ -12,7 +12,7 @@ Frames in both directions are `kind: 1 byte | length: u32 big-endian | payload`:
     B   host    the first frame: settings, sources and compiled code, see `Boot`
     D   guest   compute of the turn in us: u64 | resident KiB: u32 | bytes of the worker
     O, E guest  what was written to stdout and stderr
-    C   guest   {"event": "ready" | "limit" | "dead" | "starved"}
+    C   guest   {"event": "ready" | "limit" | "dead" | "starved" | "exposed"}
     M   guest   what `Boot` compiled, for the next session of the same Python:
                 magic number | length: u32 | supervisor, marshalled | modules, marshalled
 
@@ -26,6 +26,7 @@ import marshal
 import os
 import select
 import signal
+import stat
 import sys
 import types
 
@@ -34,6 +35,7 @@ OUTPUT_ROUND = 1 << 20  # Bytes of output that are passed on before a frame gets
 PENDING_MAX = 4 << 20  # Bytes for the worker; beyond them the host has to wait.
 F_SETPIPE_SZ = 1031  # linux/fcntl.h; in `fcntl` since Python 3.10.
 PIPE_BYTES = 1 << 20
+OPEN_MODE = 0o700
 MAGIC = sys.modules["_frozen_importlib_external"].MAGIC_NUMBER
 
 
@@ -119,22 +121,28 @@ class Supervisor:
         self.channel = None
         self.pipes = {}  # Descriptor to kind of frame.
         self.agent = self.carrier = None
+        self.turn = 0  # The host's number of the turn: what is said of one isn't to be taken for the next.
 
     def start(self):
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
         import kaa_agent.agent
         import kaa_agent.worker as worker
-        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, clear, prctl
+        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
         if self.agent is None:
             self.carrier = worker.Carrier()
             self.agent = kaa_agent.agent.install(self.carrier.call)
             self.agent.operations.update(worker.operations(self.agent))
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            prctl(PR_SET_DUMPABLE, 0)
+            is_hidden = prctl(PR_SET_DUMPABLE, 0)
             if not self.settings["is_alone"]:
                 prctl(PR_SET_CHILD_SUBREAPER, 1)
-        clear(self.settings["scratch"])
+            elif not is_hidden:
+                # A worker of the same user could open the channel to the host in /proc.
+                write_all(event("exposed"))
+                os._exit(0)
+        else:
+            empty(self.settings["scratch"])
         near, far = worker.socket_pair()
         output, error = os.pipe(), os.pipe()
         pid = os.fork()
@@ -271,6 +279,7 @@ class Supervisor:
     def obey(self, order):
         operation = order["op"]
         if operation == "begin":
+            self.turn = order["turn"]
             self.watch.begin(order["compute"], order["grace"])
         elif operation == "end":
             self.watch.end()
@@ -289,10 +298,13 @@ class Supervisor:
         """The limit on what the turn computes."""
         due = self.watch.check()
         if due == "soft":
-            write_all(event("limit"))
+            write_all(event("limit", turn=self.turn, hard=False))
             self.processes.signal(signal.SIGINT)
             self.watch.stopped()
         elif due == "hard":
+            # The host may have heard of the cell's end already: it decides, if it does so soon.
+            write_all(event("limit", turn=self.turn, hard=True))
+        elif due == "overdue":
             self.bury()
 
     def bury(self):
@@ -331,6 +343,13 @@ class Supervisor:
     def leave(self):
         """The host is gone."""
         self.processes.kill()
+        if not self.settings["is_alone"]:
+            # It may be gone for good, and nobody else would do it.
+            empty(self.settings["scratch"])
+            try:
+                os.rmdir(self.settings["scratch"])
+            except OSError:
+                pass
         os._exit(0)
 
 
@@ -344,6 +363,72 @@ def read_some(descriptor):
         if error.errno in (errno.EIO, errno.ECONNRESET):
             return b""
         raise
+
+
+def empty(folder):
+    """Removes what is in a directory, however deep, but for what is mounted there. Best effort."""
+    try:
+        device = os.lstat(folder).st_dev
+    except OSError:
+        return
+    kept, done, before = mounted(folder), 0, -1
+    while done > before:
+        before = done
+        for path in inside(folder, device):
+            if path in kept:
+                continue
+            if remove(path):
+                done += 1
+                continue
+            # Its directories come up to here, so that no path gets too long.
+            for inner in inside(path, device):
+                try:
+                    if not remove(inner):
+                        os.rename(inner, "%s/.kaa-%d" % (folder, done))
+                        done += 1
+                except OSError:
+                    pass
+            done += remove(path)
+
+
+def mounted(folder):
+    """What in a directory leads to something that is mounted: it has to stay where it is."""
+    try:
+        with open("/proc/self/mounts", "rb") as file:
+            points = [os.fsdecode(line.split()[1]) for line in file]
+    except (OSError, IndexError):
+        return set()
+    depth = folder.count("/") + 2
+    return {"/".join(point.split("/")[:depth]) for point in points if point.startswith(folder + "/")}
+
+
+def inside(folder, device):
+    """What lies in a directory, and in this file system."""
+    try:
+        if not is_directory(folder):
+            return []
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            os.chmod(folder, OPEN_MODE)
+        found = ["%s/%s" % (folder, name) for name in os.listdir(folder)]
+        return [path for path in found if os.lstat(path).st_dev == device]
+    except OSError:
+        return []
+
+
+def is_directory(path):
+    return stat.S_ISDIR(os.lstat(path).st_mode)
+
+
+def remove(path):
+    """Whether there was a file, or an empty directory, to remove."""
+    try:
+        if is_directory(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def drain(descriptor):

@@ -4,34 +4,52 @@ Frames between worker and host are `length: u32 big-endian | call: u32 | message
 host's answer has the call's number: threads may ask at the same time. Whoever waits first reads for all.
 """
 
+import collections
+import errno
 import fcntl
+import itertools
 import os
 import signal
 import threading
 
 from . import saving
+from .values import pack
 
 READ_BYTES = 1 << 16
 LONG_BYTES = 1 << 20  # More than can lie in a buffer behind another answer.
 CHANNEL_BYTES = 1 << 20
 DESCRIPTOR_MIN = 256  # What cells open, and what they guess, lies below.
+_GONE = frozenset((errno.EBADF, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN))
+_NEXT = pack({"op": "next"})
+_FULL = pack({"op": "done", "error": "MemoryError: the memory is full"})  # There may be no room to write it then.
+_FAILED = pack({"op": "done", "error": "the agent: the handler of a signal raised in it"})
 _read, _readv, _writev, _getpid, _allocate = os.read, os.readv, os.writev, os.getpid, threading.Lock
-_len, _int, _view, _ident, _exit = len, int, memoryview, threading.get_ident, os._exit
+_len, _int, _view, _ident, _exit, _map, _sum = len, int, memoryview, threading.get_ident, os._exit, map, sum
+_fstat, _isinstance = os.fstat, isinstance
+_note = collections.deque(maxlen=0).extend  # Runs an iterator to its end.
 
 
 class Carrier:
-    """Carries calls of the agent and of the cells' threads to the host."""
+    """Carries calls of the agent and of the cells' threads to the host.
+
+    The handler of a signal, which a cell may set, runs between any two steps of Python, and what it raises (an alarm's
+    `TimeoutError`, for one) comes out of there. So a system call and the note of what it did are one step here, by
+    `map`; what is taken away is taken away last; and half a frame is never left behind.
+    """
 
     def __init__(self):
-        self.channel = self.pid = self.main = None
-        self.buffer, self.number = bytearray(), 0
-        self.long = None  # A long answer: its number, its bytes, and how many of them are there.
+        self.channel = self.known = self.pid = self.main = None
+        self.bytes_max = 0  # Of a frame.
+        self.numbers = itertools.count(1)
+        self.buffer = bytearray()
+        self.long = None  # A long answer: its number, its length, its bytes, and how many came with each read.
         self.sending, self.state = _allocate(), _allocate()
-        self.reading = False
+        self.reader = None  # The call whose thread reads.
         self.open, self.answers, self.waiting = set(), {}, {}
 
-    def bind(self, channel):
-        self.channel, self.pid, self.main = channel, _getpid(), _ident()
+    def bind(self, channel, bytes_max):
+        self.channel, self.known, self.bytes_max = channel, identity(channel), bytes_max
+        self.pid, self.main = _getpid(), _ident()
 
     def is_elsewhere(self):
         """Whether this isn't the thread of the cells, which soft stops are for."""
@@ -43,69 +61,126 @@ class Carrier:
             os.close(self.channel)
         self.channel = None
 
+    def is_orphan(self):
+        return self.channel is None or _getpid() != self.pid
+
     def call(self, frame):
-        if self.channel is None or _getpid() != self.pid:
+        """Asks the host for a cell, in any of its threads."""
+        if self.is_orphan():
             raise OSError("a process that a cell started cannot call the host")
+        if _len(frame) > self.bytes_max:
+            raise ValueError("a message of %d bytes: the host takes %d" % (_len(frame), self.bytes_max))
+        number, written = next(self.numbers) & 0xFFFFFFFF, []
+        self.open.add(number)
         try:
-            with self.sending:
-                number = self.number = (self.number + 1) & 0xFFFFFFFF
+            self.send(number, frame, written)
+            self.wait(number)
+            answer = self.answers[number]
+        except OSError as error:
+            self.check(error)
+            raise
+        finally:
+            self.forget(number)
+        if answer is None:
+            raise MemoryError("the host's answer is too long for the memory")
+        return answer
+
+    def next_request(self, frame):
+        """Replies to the last request of the host, and waits for the next one; None: there was no room for it.
+
+        What is raised meanwhile belongs to no cell: it's what an alarm does that a cell didn't turn off.
+        """
+        number, written = next(self.numbers) & 0xFFFFFFFF, []
+        while True:
+            try:
+                if self.is_orphan():
+                    _exit(0)
                 self.open.add(number)
-                self.send(_len(frame).to_bytes(4, "big") + number.to_bytes(4, "big"), frame)
-            return self.receive(number)
-        except OSError:
-            _exit(1)  # A cell closed the channel: nobody can be told anything any more.
-        finally:
-            self.open.discard(number)
-
-    def send(self, head, frame):
-        if _len(frame) < 4096:
-            parts = [head + frame]
-        else:
-            parts = [head, frame]
-        while parts:
-            written = _writev(self.channel, parts)
-            while parts and written >= _len(parts[0]):
-                written -= _len(parts.pop(0))
-            if written:
-                parts[0] = _view(parts[0])[written:]
-
-    def receive(self, number):
-        """Waits for an answer: by reading, or until the thread that reads has it."""
-        gate = None
-        with self.state:
-            if number in self.answers:
-                return self.answers.pop(number)
-            if self.reading:
-                gate = self.waiting[number] = _allocate()
-                gate.acquire()
-            self.reading = True
-        if gate is not None:
-            gate.acquire()
-            with self.state:
-                self.waiting.pop(number, None)
-                if number in self.answers:
-                    return self.answers.pop(number)
-            # Otherwise the thread that read is done, and it's this one's turn.
+                self.send(number, frame, written)
+                self.wait(number)
+                request = self.answers[number]
+                break
+            except BaseException as error:
+                self.check(error)
         try:
+            self.forget(number)
+        except BaseException:
+            pass  # The request is what counts.
+        return request
+
+    def check(self, error):
+        """Nobody can be told anything any more when a cell closed the channel: the end."""
+        if _isinstance(error, OSError) and (error.errno in _GONE or identity(self.channel) != self.known):
+            _exit(1)
+
+    def forget(self, number):
+        with self.state:
+            self.open.discard(number)
+            self.answers.pop(number, None)
+
+    def send(self, number, frame, written):
+        """Sends what `written` doesn't count of a frame. Once it has begun, what is raised comes after its end."""
+        head = _len(frame).to_bytes(4, "big") + number.to_bytes(4, "big")
+        size, raised = _len(head) + _len(frame), None
+        with self.sending:
             while True:
-                answered, message = self.read()
-                if answered == number:
-                    return message
-                with self.state:
-                    if answered in self.open:
-                        self.answers[answered] = message
-                        if answered in self.waiting:
-                            self.waiting[answered].release()
-        finally:
+                try:
+                    while (at := _sum(written)) < size:
+                        parts = [head[at:], frame] if at < _len(head) else [_view(frame)[at - _len(head) :]]
+                        written.extend(_map(_writev, (self.channel,), (parts,)))
+                    break
+                except BaseException as error:
+                    self.check(error)
+                    if not written:
+                        raise
+                    raised = error
+        if raised is not None:
+            raise raised
+
+    def wait(self, number):
+        """Waits until there is an answer: by reading, or until the thread that reads has it."""
+        gate = None
+        try:
             with self.state:
-                heirs = [gate for waits, gate in self.waiting.items() if waits not in self.answers]
-                if heirs:
-                    heirs[0].release()
+                if number in self.answers:
+                    return
+                if self.reader is None:
+                    self.reader = number
                 else:
-                    self.reading = False
+                    gate = _allocate()
+                    gate.acquire()
+                    self.waiting[number] = gate
+            if gate is not None:
+                gate.acquire()
+            # Without an answer it's now this thread's turn to read.
+            while number not in self.answers:
+                self.read()
+        finally:
+            raised = None
+            while self.reader == number or number in self.waiting:
+                try:
+                    self.hand_over(number)
+                except BaseException as error:
+                    raised = error
+            if raised is not None:
+                raise raised
+
+    def hand_over(self, number):
+        """This thread doesn't wait any more; if it has read, another one does that now."""
+        with self.state:
+            self.waiting.pop(number, None)
+            if self.reader != number:
+                return
+            for heir, gate in self.waiting.items():
+                if heir not in self.answers:
+                    if gate.locked():
+                        gate.release()
+                    self.reader = heir
+                    return
+            self.reader = None
 
     def read(self):
-        """The next answer and its number. What has come of an answer stays if a signal's handler raises."""
+        """Reads until an answer is whole, or what was missing of one."""
         if self.long is None:
             buffer = self.buffer
             while _len(buffer) < 8:
@@ -114,30 +189,43 @@ class Carrier:
             if length < LONG_BYTES:
                 while _len(buffer) < 8 + length:
                     self.fill()
-                message = bytes(_view(buffer)[8 : 8 + length])
+                try:
+                    message = bytes(_view(buffer)[8 : 8 + length])
+                except MemoryError:
+                    message = None
+                self.deliver(number, message)
                 del buffer[: 8 + length]
-                return number, message
-            message = bytearray(length)
-            had = _len(buffer) - 8
-            message[:had] = buffer[8:]
-            buffer.clear()
-            self.long = [number, message, had]
-        long = self.long
-        number, message, had = long
-        with _view(message) as view:
-            while long[2] < _len(message):
-                read = _readv(self.channel, [view[long[2] :]])
-                if not read:
-                    _exit(0)
-                long[2] += read
+                return
+            try:
+                message = bytearray(length)
+                message[: _len(buffer) - 8] = buffer[8:]
+            except MemoryError:
+                message = None  # It has to be read all the same.
+            self.long = number, length, message, [_len(buffer) - 8]
+        number, length, message, counts = self.long
+        self.buffer.clear()
+        while (at := _sum(counts)) < length:
+            rest = bytearray(min(READ_BYTES, length - at)) if message is None else _view(message)[at:]
+            counts.extend(_map(_readv, (self.channel,), ([rest],)))
+            if not counts[-1]:
+                _exit(0)
+        self.deliver(number, message)
         self.long = None
-        return number, message
 
     def fill(self):
-        piece = _read(self.channel, READ_BYTES)
-        if not piece:
+        before = _len(self.buffer)
+        _note(_map(self.buffer.__iadd__, _map(_read, (self.channel,), (READ_BYTES,))))
+        if _len(self.buffer) == before:
             _exit(0)  # Without a supervisor there is nobody to work for.
-        self.buffer += piece
+
+    def deliver(self, number, message):
+        """Gives an answer to the call that waits for it, if it still does; again, if that was interrupted."""
+        with self.state:
+            if number in self.open:
+                self.answers[number] = message
+                gate = self.waiting.get(number)
+                if gate is not None and gate.locked():
+                    gate.release()
 
 
 class Descriptors:
@@ -164,7 +252,7 @@ class Descriptors:
 
 def identity(descriptor):
     try:
-        status = os.fstat(descriptor)
+        status = _fstat(descriptor)
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -227,7 +315,7 @@ def run(agent, carrier, channel, output, error, settings):
         for descriptor in (output, error):
             if descriptor > 2:
                 os.close(descriptor)
-        carrier.bind(kept)
+        carrier.bind(kept, settings["call_bytes_max"])
         os.register_at_fork(after_in_child=carrier.orphan)
         agent.channel.is_elsewhere = carrier.is_elsewhere
         bound(settings)
@@ -235,10 +323,23 @@ def run(agent, carrier, channel, output, error, settings):
         agent.repairs.descriptors = descriptors
         agent.repairs.restore()
         signal.set_wakeup_fd(-1)
-        while carrier.channel is not None:
-            agent.turn()
+        serve(agent, carrier)
     finally:
         os._exit(0)
+
+
+def serve(agent, carrier):
+    """Serves the host's requests. What the last reply of a turn is answered with is the first request of the next."""
+    reply = _NEXT
+    while True:
+        request = carrier.next_request(reply)
+        try:
+            reply = _FULL if request is None else agent.handle(request)
+        except BaseException:
+            reply = _FAILED  # The handler of a signal raised once more, while that was being reported.
+        if _len(reply) > carrier.bytes_max:
+            text = "the reply: it has %d bytes, and the host takes %d" % (_len(reply), carrier.bytes_max)
+            reply = pack({"op": "done", "error": text})
 
 
 def operations(agent):

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tempfile::TempDir;
@@ -20,6 +20,8 @@ const BACKEND: &str = "local";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long a supervisor may take to end, before it's killed.
 const END_TIME: Duration = Duration::from_secs(5);
+/// How often is looked whether it has ended.
+const REAP_TICK: Duration = Duration::from_millis(5);
 /// Bytes that are kept of what a process says when it fails.
 const WORDS_BYTES_MAX: u64 = 8 << 10;
 const WORDS_TIME: Duration = Duration::from_millis(200);
@@ -202,23 +204,40 @@ async fn end(child: &mut Child) -> std::io::Result<ExitStatus> {
     }
 }
 
+/// As [`end`], where nothing may be awaited.
+fn reap(mut child: Child, scratch: TempDir) {
+    let since = Instant::now();
+    while matches!(child.try_wait(), Ok(None)) {
+        if since.elapsed() > END_TIME {
+            // Dropping it does the rest.
+            let _ = child.start_kill();
+            break;
+        }
+        std::thread::sleep(REAP_TICK);
+    }
+    drop(scratch);
+}
+
 #[async_trait]
 impl Life for LocalLife {
     fn kill(&mut self) {
-        let Some((mut child, scratch)) = self.child.take() else { return };
-        // Without a runtime the child is killed as it's dropped, and its worker with it.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        runtime.spawn(async move {
-            let _ = end(&mut child).await;
-            drop(scratch);
-        });
+        let Some((child, scratch)) = self.child.take() else { return };
+        // A thread and no task: the runtime may be gone, or end with the next statement, and the
+        // supervisor needs a moment to end what it has started. If the host ends meanwhile, it does
+        // all of that by itself. Without a thread it's killed here.
+        let reaper = std::thread::Builder::new().name("kaa-reaper".into());
+        let _ = reaper.spawn(move || reap(child, scratch));
     }
 
     async fn close(&mut self) -> Result<()> {
         let Some((mut child, scratch)) = self.child.take() else { return Ok(()) };
         end(&mut child).await.map_err(|e| Error::io("ending the session's process", e))?;
         let path = scratch.path().to_owned();
-        scratch.close().map_err(|e| Error::io(format!("removing {}", path.display()), e))
+        match scratch.close() {
+            // The supervisor was first.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            closed => closed.map_err(|e| Error::io(format!("removing {}", path.display()), e)),
+        }
     }
 
     async fn autopsy(&mut self) -> Error {

@@ -83,7 +83,7 @@ impl ProcessEnvironment {
     async fn begin(&mut self) -> Result<()> {
         let begun = self.begin_anew().await;
         if let Err(error) = &begun {
-            self.lost.get_or_insert(error.to_string());
+            self.lost = Some(error.to_string());
         }
         begun
     }
@@ -476,9 +476,10 @@ impl Environment for ProcessEnvironment {
     }
 
     async fn reset(&mut self) -> Result<()> {
-        if self.lost.is_none()
-            && let Some(mut guest) = self.guest.take()
-            && guest.end_worker().await.is_ok()
+        // For a future that is dropped in the middle.
+        let was_lost = self.lost.replace("its reset was interrupted".into()).is_some();
+        if let Some(mut guest) = self.guest.take()
+            && (was_lost || guest.end_worker().await.is_ok())
         {
             self.guest = Some(guest);
         }

@@ -11,6 +11,7 @@ use super::{Life, Machine, Started};
 use crate::agent::{LOADER, SUPERVISOR, process_sources};
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
+use crate::protocol::CALL_BYTES_MAX;
 
 /// How long a process may take from its start to its first words. A loaded machine, or an image that
 /// has to be read from a slow disk, takes seconds.
@@ -60,6 +61,8 @@ pub(super) struct Guest {
     pub(super) idle: Option<u32>,
     /// Whether its Python can save variables.
     pub(super) dill: bool,
+    /// How many turns it has had: what is said of one isn't to be taken for the next.
+    pub(super) turns: u64,
 }
 
 impl Guest {
@@ -82,6 +85,7 @@ impl Guest {
             has_worker: false,
             idle: None,
             dill: false,
+            turns: 0,
         };
         let code = compiled.0.get();
         let settings = json!({
@@ -89,6 +93,7 @@ impl Guest {
             "is_alone": surroundings.is_alone,
             "data_bytes": surroundings.data_bytes,
             "file_bytes": surroundings.file_bytes,
+            "call_bytes_max": CALL_BYTES_MAX,
         });
         for part in boot(settings, code) {
             guest.link.put_raw(part);
@@ -159,7 +164,17 @@ impl Guest {
                     }
                     Arrival::Code(payload) => compiled.keep(&payload),
                     Arrival::Event(Event::Dead(death)) => return Err(unstarted(death)),
-                    Arrival::Event(Event::Starved | Event::Limit) => {}
+                    Arrival::Event(Event::Exposed) => {
+                        return Err(Error::Incompatible {
+                            what: "the Python of the session".into(),
+                            expected:
+                                "one with ctypes, by which it keeps cells off its channel to \
+                                       the host"
+                                    .into(),
+                            found: "one without".into(),
+                        });
+                    }
+                    Arrival::Event(Event::Starved | Event::Limit { .. }) => {}
                     // Of a worker before this one.
                     Arrival::Stdout(_) | Arrival::Stderr(_) => {}
                     Arrival::Call { .. } => {

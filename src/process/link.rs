@@ -51,8 +51,11 @@ pub(super) enum Event {
     },
     /// This Python is too old.
     Unfit { python: String },
-    /// The worker computed for as long as it may, and was asked to stop.
-    Limit,
+    /// The worker computed for as long as it may. It was asked to stop; or it was before, didn't, and
+    /// has to be ended (`hard`).
+    Limit { turn: u64, hard: bool },
+    /// Cells could get at the supervisor.
+    Exposed,
     /// The memory limit has killed a process of the session.
     Starved,
     /// The worker is gone, with all that it started.
@@ -305,6 +308,10 @@ impl Link {
         }
         self.partial.advance(CALL_HEAD_BYTES);
         let bytes = self.partial.split_to(length).freeze();
+        if self.partial.is_empty() && length > FRAME_BYTES_MAX {
+            // The rest of the room for a long call would keep all of it.
+            self.partial = BytesMut::new();
+        }
         Ok(Some(Arrival::Call { number: u32::from_be_bytes(number), bytes }))
     }
 

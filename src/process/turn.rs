@@ -1,6 +1,6 @@
 //! One turn of a worker: its calls are answered, its output kept, its limits held.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use super::link::{Arrival, Death, Event, Stats};
 use crate::agent::{Answer, Conversation, Done, Signal, Streams};
 use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
-use crate::protocol::{Call, Message};
+use crate::protocol::{CALL_BYTES_MAX, Call, Message};
 
 /// After a soft stop the grace is compute, which the supervisor counts. A worker that waits instead
 /// is ended when it has taken this many times as long, and the second beside it.
@@ -35,7 +35,10 @@ pub(super) enum TurnEnd {
     Gone(Error),
 }
 
-type Pending = FuturesUnordered<Pin<Box<dyn Future<Output = (u32, Done)> + Send>>>;
+/// Nothing has come of a call that waited for too long.
+type Pending = FuturesUnordered<Pin<Box<dyn Future<Output = (u32, Option<Done>)> + Send>>>;
+
+type Outside = Pin<Box<dyn Future<Output = Done> + Send>>;
 
 /// What a turn has come to.
 struct Turn<'a> {
@@ -44,8 +47,11 @@ struct Turn<'a> {
     streams: &'a mut Streams,
     grace: Duration,
     calls: Pending,
-    /// The numbers of the calls that wait.
-    waiting: BTreeSet<u32>,
+    /// The numbers of the calls that wait, and the bytes of each.
+    waiting: BTreeMap<u32, usize>,
+    waiting_bytes: usize,
+    /// How long calls may wait for an answer, once the worker was asked to stop.
+    patience: Option<Instant>,
     phase: Phase,
     deadline: Instant,
     waiting_since: Option<Instant>,
@@ -74,8 +80,10 @@ impl Guest {
     ) -> (TurnEnd, Usage) {
         let since = Instant::now();
         self.link.stats = Stats::default();
+        self.turns += 1;
         self.link.order(&json!({
             "op": "begin",
+            "turn": self.turns,
             "compute": limits.compute.as_secs_f64(),
             "grace": limits.grace.as_secs_f64(),
         }));
@@ -90,7 +98,9 @@ impl Guest {
             streams,
             grace: limits.grace,
             calls: Pending::new(),
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
+            waiting_bytes: 0,
+            patience: None,
             phase: Phase::Running,
             deadline: since + limits.wall,
             waiting_since: None,
@@ -141,7 +151,11 @@ impl Turn<'_> {
                     continue;
                 }
                 Some((number, done)) = self.calls.next(), if !self.calls.is_empty() => {
-                    self.waiting.remove(&number);
+                    self.waiting_bytes -= self.waiting.remove(&number).unwrap_or_default();
+                    let Some(done) = done else {
+                        self.guest.link.answer(number, stopped())?;
+                        continue;
+                    };
                     let reply = self.conversation.finish(done);
                     let answered = self.guest.link.answer(number, reply.clone());
                     self.conversation.take_back(reply);
@@ -161,7 +175,7 @@ impl Turn<'_> {
             Arrival::Stdout(bytes) => self.streams.stdout.write(&bytes),
             Arrival::Stderr(bytes) => self.streams.stderr.write(&bytes),
             Arrival::Call { number, bytes } => {
-                let call = Call::from_bytes(&bytes)?;
+                let (call, length) = (Call::from_bytes(&bytes)?, bytes.len());
                 drop(bytes);
                 match self.conversation.answer(call)? {
                     Answer::Now(message) => {
@@ -169,17 +183,24 @@ impl Turn<'_> {
                         if message == Message::default() {
                             // It's answered with what the next turn begins with.
                             self.guest.idle = Some(number);
-                            return self.end().await.map(Some);
+                            // A worker that is being ended doesn't have another one.
+                            if self.phase != Phase::Ending {
+                                return self.end().await.map(Some);
+                            }
+                            return Ok(None);
                         }
                         self.guest.link.answer(number, message)?;
                     }
-                    Answer::Later(outside) => {
-                        self.waiting.insert(number);
-                        self.calls.push(Box::pin(async move { (number, outside.await) }));
-                    }
+                    Answer::Later(outside) => self.hold(number, length, outside)?,
                 }
             }
-            Arrival::Event(Event::Limit) => {
+            Arrival::Event(Event::Limit { turn, .. }) if turn != self.guest.turns => {}
+            Arrival::Event(Event::Limit { hard: true, .. }) => {
+                if self.phase != Phase::Ending {
+                    self.kill(sleep);
+                }
+            }
+            Arrival::Event(Event::Limit { hard: false, .. }) => {
                 if self.phase == Phase::Running {
                     self.note_stop(Limit::Compute, sleep)?;
                 }
@@ -188,11 +209,36 @@ impl Turn<'_> {
                 b"MemoryError: the memory limit has killed a process that the session started\n",
             ),
             Arrival::Event(Event::Dead(death)) => return Ok(Some(TurnEnd::Dead(death))),
-            Arrival::Event(Event::Ready { .. } | Event::Unfit { .. }) | Arrival::Code(_) => {
+            Arrival::Event(Event::Ready { .. } | Event::Unfit { .. } | Event::Exposed)
+            | Arrival::Code(_) => {
                 return Err(Error::protocol("the supervisor began anew in the middle of a turn"));
             }
         }
         Ok(None)
+    }
+
+    /// A call whose answer comes from outside. Threads can have many, and the host keeps what they sent.
+    fn hold(&mut self, number: u32, length: usize, outside: Outside) -> Result<()> {
+        if self.waiting_bytes + length > CALL_BYTES_MAX {
+            let text = format!("calls that wait have more than {CALL_BYTES_MAX} bytes");
+            let refusal = json!({ "error": text, "type": "RuntimeError" });
+            return self.guest.link.answer(number, Message::new(refusal));
+        }
+        let patience = self.patience;
+        if patience.is_some_and(|until| Instant::now() >= until) {
+            return self.guest.link.answer(number, stopped());
+        }
+        // A guest that uses a number twice gets two answers.
+        let before = self.waiting.insert(number, length).unwrap_or_default();
+        self.waiting_bytes = self.waiting_bytes + length - before;
+        self.calls.push(Box::pin(async move {
+            let done = match patience {
+                None => Some(outside.await),
+                Some(until) => tokio::time::timeout_at(until.into(), outside).await.ok(),
+            };
+            (number, done)
+        }));
+        Ok(())
     }
 
     /// The agent has replied to everything. Threads that still wait for an answer get one.
@@ -214,8 +260,7 @@ impl Turn<'_> {
                 if self.phase == Phase::Running {
                     self.conversation.stop(Limit::Wall);
                 }
-                self.guest.link.order(&json!({ "op": "kill" }));
-                self.enter(Phase::Ending, KILL_TIME, sleep);
+                self.kill(sleep);
             }
             Phase::Ending => {
                 return Ok(Some(TurnEnd::Gone(Error::Poisoned {
@@ -224,6 +269,11 @@ impl Turn<'_> {
             }
         }
         Ok(None)
+    }
+
+    fn kill(&mut self, sleep: Pin<&mut Sleep>) {
+        self.guest.link.order(&json!({ "op": "kill" }));
+        self.enter(Phase::Ending, KILL_TIME, sleep);
     }
 
     /// Asks the worker to stop. The order goes first, so that the cell is stopped before it can look
@@ -236,6 +286,7 @@ impl Turn<'_> {
     fn note_stop(&mut self, limit: Limit, sleep: Pin<&mut Sleep>) -> Result<()> {
         self.conversation.stop(limit);
         self.refuse_pending()?;
+        self.patience = Some(Instant::now() + self.grace);
         self.enter(Phase::Stopping, self.grace * GRACE_FACTOR + GRACE_EXTRA, sleep);
         Ok(())
     }
@@ -248,8 +299,9 @@ impl Turn<'_> {
 
     fn refuse_pending(&mut self) -> Result<()> {
         self.calls.clear();
-        for number in std::mem::take(&mut self.waiting) {
-            self.guest.link.answer(number, Message::new(json!({ "error": "stopped" })))?;
+        self.waiting_bytes = 0;
+        for number in std::mem::take(&mut self.waiting).into_keys() {
+            self.guest.link.answer(number, stopped())?;
         }
         Ok(())
     }
@@ -264,4 +316,9 @@ impl Turn<'_> {
             _ => {}
         }
     }
+}
+
+/// The answer to a call of a cell that has to stop.
+fn stopped() -> Message {
+    Message::new(json!({ "error": "stopped" }))
 }

@@ -254,11 +254,12 @@ print(len({p for p in os.listdir('/proc') if p.isdigit()}))";
 
 pub(crate) fn mounts(lab: &Lab) {
     let root = tempfile::tempdir().unwrap();
-    let (read, written) = (root.path().join("read"), root.path().join("written"));
-    fs::create_dir(&read).unwrap();
-    fs::create_dir(&written).unwrap();
+    let [read, written, deep] = ["read", "written", "deep"].map(|name| root.path().join(name));
+    for path in [&read, &written, &deep] {
+        fs::create_dir(path).unwrap();
+    }
     fs::write(read.join("a.txt"), "from outside").unwrap();
-    for (path, mode) in [(root.path(), 0o755), (&read, 0o777), (&written, 0o777)] {
+    for (path, mode) in [(root.path(), 0o755), (&read, 0o777), (&written, 0o777), (&deep, 0o777)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
     let mount = |host: &std::path::Path, guest: &str, writable| Mount {
@@ -268,7 +269,11 @@ pub(crate) fn mounts(lab: &Lab) {
     };
     block_on(async {
         let policy = Policy {
-            mounts: vec![mount(&read, "/data", false), mount(&written, "/out", true)],
+            mounts: vec![
+                mount(&read, "/data", false),
+                mount(&written, "/out", true),
+                mount(&deep, "/tmp/in/the/deep", true),
+            ],
             env: vec![("GREETING".into(), "hello = hello".into())],
             ..Policy::default()
         };
@@ -286,6 +291,19 @@ open('/out/c.txt', 'w').write('from inside')";
         let printed = print(&mut session, code).await;
         assert_eq!(printed, "from outside hello = hello set up\n30\n");
         assert_eq!(fs::read_to_string(written.join("c.txt")).unwrap(), "from inside");
+        // A reset empties scratch, and not what is mounted in it.
+        print(
+            &mut session,
+            "open('/tmp/in/the/deep/d.txt', 'w').write('kept')\nopen('e.txt', 'w')",
+        )
+        .await;
+        session.reset().await.unwrap();
+        let left = print(
+            &mut session,
+            "import os\nprint(open('/tmp/in/the/deep/d.txt').read(), os.path.exists('e.txt'))",
+        );
+        assert_eq!(left.await, "kept False\n");
+        assert_eq!(fs::read_to_string(deep.join("d.txt")).unwrap(), "kept");
         session.close().await.unwrap();
 
         let gone = root.path().join("none");
