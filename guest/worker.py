@@ -34,7 +34,8 @@ class Carrier:
 
     The handler of a signal, which a cell may set, runs between any two steps of Python, and what it raises (an alarm's
     `TimeoutError`, for one) comes out of there. So a system call and the note of what it did are one step here, by
-    `map`; what is taken away is taken away last; and half a frame is never left behind.
+    `map`; what is taken away is taken away last; and half a frame is never left behind. Loops are functions of
+    their own: in some CPythons a loop's jump back is outside of the `try` around it.
     """
 
     def __init__(self):
@@ -43,7 +44,8 @@ class Carrier:
         self.numbers = itertools.count(1)
         self.buffer = bytearray()
         self.long = None  # A long answer: its number, its length, its bytes, and how many came with each read.
-        self.sending, self.state = _allocate(), _allocate()
+        # A thread that didn't let go, as `with` may be interrupted before 3.11, can go on.
+        self.sending, self.state = threading.RLock(), threading.RLock()
         self.reader = None  # The call whose thread reads.
         self.open, self.answers, self.waiting = set(), {}, {}
 
@@ -121,21 +123,28 @@ class Carrier:
     def send(self, number, frame, written):
         """Sends what `written` doesn't count of a frame. Once it has begun, what is raised comes after its end."""
         head = _len(frame).to_bytes(4, "big") + number.to_bytes(4, "big")
-        size, raised = _len(head) + _len(frame), None
         with self.sending:
-            while True:
-                try:
-                    while (at := _sum(written)) < size:
-                        parts = [head[at:], frame] if at < _len(head) else [_view(frame)[at - _len(head) :]]
-                        written.extend(_map(_writev, (self.channel,), (parts,)))
-                    break
-                except BaseException as error:
-                    self.check(error)
-                    if not written:
-                        raise
-                    raised = error
+            raised = self.persist(head, frame, written)
         if raised is not None:
             raise raised
+
+    def persist(self, head, frame, written):
+        raised = None
+        while True:
+            try:
+                self.write(head, frame, written)
+                return raised
+            except BaseException as error:
+                self.check(error)
+                if not written:
+                    raise
+                raised = error
+
+    def write(self, head, frame, written):
+        size = _len(head) + _len(frame)
+        while (at := _sum(written)) < size:
+            parts = [head[at:], frame] if at < _len(head) else [_view(frame)[at - _len(head) :]]
+            written.extend(_map(_writev, (self.channel,), (parts,)))
 
     def wait(self, number):
         """Waits until there is an answer: by reading, or until the thread that reads has it."""
@@ -153,17 +162,27 @@ class Carrier:
             if gate is not None:
                 gate.acquire()
             # Without an answer it's now this thread's turn to read.
-            while number not in self.answers:
-                self.read()
+            self.read_until(number)
         finally:
-            raised = None
-            while self.reader == number or number in self.waiting:
-                try:
-                    self.hand_over(number)
-                except BaseException as error:
-                    raised = error
-            if raised is not None:
-                raise raised
+            try:
+                self.leave(number)
+            except BaseException:
+                self.leave(number)
+                raise
+
+    def read_until(self, number):
+        while number not in self.answers:
+            self.read()
+
+    def leave(self, number):
+        raised = None
+        while self.reader == number or number in self.waiting:
+            try:
+                self.hand_over(number)
+            except BaseException as error:
+                raised = error
+        if raised is not None:
+            raise raised
 
     def hand_over(self, number):
         """This thread doesn't wait any more; if it has read, another one does that now."""

@@ -347,6 +347,43 @@ async fn the_hosts_environment_is_not_the_sessions() {
     assert_eq!(session.get_variable("v").await.unwrap(), Some(Value::from("x")));
 }
 
+/// A guest that asks slow models.
+async fn asking(wait: Duration, limits: Limits) -> Box<dyn Environment> {
+    let lm: Arc<dyn LmHandler> = Arc::new(Slow(wait));
+    open(EnvironmentOptions { limits, lm: Some(lm), ..EnvironmentOptions::default() }).await
+}
+
+/// Alarms are how Python bounds a wait, and their handlers raise wherever the thread of the cells is.
+#[tokio::test]
+async fn a_handler_that_raises_tears_no_message() {
+    const ALARM: &str = "import signal, threading, time\narmed = True\ndef ring(*_):\n  global armed\n  if armed:\n    armed = False\n    raise TimeoutError('rung')\nsignal.signal(signal.SIGALRM, ring)\n";
+    let cases = [
+        ("in a wait", "signal.setitimer(signal.ITIMER_REAL, 0.1)\nllm_query('x')", "rung"),
+        (
+            "while another thread reads",
+            "thread = threading.Thread(target=llm_query, args=('t',))\nthread.start()\ntime.sleep(.1)\nsignal.setitimer(signal.ITIMER_REAL, 0.1)\nsaid = llm_query('x')\nthread.join()\nsaid",
+            "rung",
+        ),
+        (
+            "again and again",
+            "end, good, n = time.time() + 2, 0, 0\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\nwhile time.time() < end:\n  try:\n    armed = True\n    n += 1\n    text = str(n) * (300_000 if n % 7 == 0 else 1)\n    assert add(text) == text\n    good, armed = good + 1, False\n  except TimeoutError: pass\nsignal.setitimer(signal.ITIMER_REAL, 0)\ngood > 5",
+            "True",
+        ),
+        ("between cells", "signal.setitimer(signal.ITIMER_REAL, 0.1)\n1", "1"),
+    ];
+    for (name, code, expected) in cases {
+        let limits =
+            Limits { wall: Duration::from_secs(10), tool_calls: u32::MAX, ..Limits::default() };
+        let mut session = asking(Duration::from_millis(400), limits).await;
+        let echo = |call: kaa::ToolArgs| Ok(call.args.into_iter().next().unwrap_or(Value::None));
+        session.register_tool(kaa::Tool::new("add", echo)).unwrap();
+        let found = value(&mut session, &format!("{ALARM}{code}")).await;
+        assert!(found.contains(expected), "{name}: {found}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(value(&mut session, "llm_query('y')").await, "'y'", "{name}");
+    }
+}
+
 #[tokio::test]
 async fn a_reset_whose_future_is_dropped_loses_the_state() {
     let mut session = open(EnvironmentOptions::default()).await;
@@ -360,6 +397,29 @@ async fn a_reset_whose_future_is_dropped_loses_the_state() {
     );
     session.reset().await.unwrap();
     assert_eq!(value(&mut session, "1").await, "1");
+}
+
+/// A cell that ends as its limit is reached: what its supervisor says then is not the next one's.
+#[tokio::test]
+async fn a_limit_is_not_taken_for_the_next_cells() {
+    let limits = Limits {
+        compute: Duration::from_millis(30),
+        grace: Duration::from_millis(30),
+        ..Limits::default()
+    };
+    let mut session = limited(limits).await;
+    for at in 0..40 {
+        let spin = format!(
+            "import time\nend = time.process_time() + 0.029 + {at} * 0.0001\ntry:\n  while time.process_time() < end: pass\nexcept BaseException:\n  end = time.process_time() + 0.029 + {at} * 0.0001\n  while time.process_time() < end: pass"
+        );
+        let first = run(&mut session, &spin).await;
+        if session.status() == Status::Poisoned {
+            assert_eq!(first.outcome, Outcome::LimitReached);
+            session.reset().await.unwrap();
+        }
+        let next = run(&mut session, "1").await;
+        assert_eq!((next.outcome, next.limit), (Outcome::Completed, None), "{at}");
+    }
 }
 
 #[test]
@@ -384,6 +444,69 @@ fn nothing_stays_behind_a_runtime_that_is_gone() {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+#[tokio::test]
+async fn what_is_too_long_for_the_host_costs_no_state() {
+    let limits = Limits { memory_bytes: 2 << 30, ..Limits::default() };
+    let mut session = asking(Duration::ZERO, limits).await;
+    run(&mut session, "x = 'a' * (270 << 20)").await;
+    let refused = session.get_variable("x").await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { reason, .. } if reason.contains("268435456")));
+    let said = value(&mut session, "llm_query(x)").await;
+    assert!(said.contains("the host takes 268435456"), "{said}");
+    assert_eq!(value(&mut session, "len(x)").await, (270 << 20).to_string());
+}
+
+#[tokio::test]
+async fn a_context_that_does_not_fit_costs_no_state() {
+    let mut session = limited(Limits { memory_bytes: 128 << 20, ..Limits::default() }).await;
+    run(&mut session, "x = 5").await;
+    let context = kaa::Context::Bytes(vec![1; 200 << 20]);
+    let refused = session.add_context(context, None).await.unwrap_err();
+    assert!(matches!(&refused, Error::Invalid { what, .. } if what == "context"), "{refused}");
+    assert_eq!(value(&mut session, "x").await, "5");
+}
+
+#[tokio::test]
+async fn a_reset_takes_the_files_along() {
+    let mut session = open(EnvironmentOptions::default()).await;
+    let outside = tempfile::tempdir().unwrap();
+    std::fs::write(outside.path().join("kept"), "").unwrap();
+    let code = format!(
+        "import os\nopen('struct.py', 'w').write('1/0')\nos.symlink({:?}, 'link')\nhome = os.getcwd()\nos.makedirs('a/b')\nopen('a/b/file', 'w').close()\nos.chmod('a', 0)\nfor _ in range(2000):\n  os.mkdir('d' * 9); os.chdir('d' * 9)\nos.chdir(home)",
+        outside.path()
+    );
+    assert_eq!(run(&mut session, &code).await.outcome, Outcome::Completed);
+    session.reset().await.unwrap();
+    assert_eq!(value(&mut session, "import os\nos.listdir('.')").await, "[]");
+    assert!(outside.path().join("kept").exists());
+}
+
+#[tokio::test]
+async fn threads_that_go_on_asking_do_not_cost_a_stopped_cell_its_state() {
+    let limits = Limits { wall: Duration::from_millis(300), ..Limits::default() };
+    let mut session = asking(Duration::from_secs(60), limits).await;
+    let pool = "x = 1\nfrom concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool: list(pool.map(llm_query, 'abcdefgh' * 10))";
+    let execution = run(&mut session, pool).await;
+    assert_eq!((execution.outcome, execution.limit), (Outcome::LimitReached, Some(Limit::Wall)));
+    assert_eq!(value(&mut session, "x").await, "1");
+}
+
+#[tokio::test]
+async fn what_waiting_calls_hold_is_bounded() {
+    let limits = Limits { memory_bytes: 2 << 30, ..Limits::default() };
+    let mut session = limited(limits).await;
+    session
+        .register_tool(kaa::Tool::new_async("keep", |call| async move {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            Ok(Value::from(call.args.len() as i64))
+        }))
+        .unwrap();
+    let code = "import threading\nfound = []\ndef ask():\n  try: found.append(keep(data))\n  except RuntimeError as error: found.append(str(error))\ndata = b'x' * (100 << 20)\nthreads = [threading.Thread(target=ask) for _ in range(4)]\n[thread.start() for thread in threads]\n[thread.join() for thread in threads]\nsorted(map(str, found))";
+    let found = value(&mut session, code).await;
+    assert!(found.starts_with("['1', '1', 'calls that wait have more than"), "{found}");
+    assert_eq!(value(&mut session, "keep(data)").await, "1");
 }
 
 /// A session whose `dill` is Python's own `pickle`, which is enough for what has no functions.

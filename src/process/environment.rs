@@ -198,6 +198,7 @@ impl ProcessEnvironment {
                 self.conversation.abandon();
                 self.lost = Some(cause(*death, self.conversation.stopped_by()));
             }
+            TurnEnd::Gone(Error::Poisoned { reason }) => self.lose(reason.clone()),
             TurnEnd::Gone(error) => self.lose(error.to_string()),
         }
         Ok((end, usage))

@@ -167,10 +167,7 @@ impl Guest {
                     Arrival::Event(Event::Exposed) => {
                         return Err(Error::Incompatible {
                             what: "the Python of the session".into(),
-                            expected:
-                                "one with ctypes, by which it keeps cells off its channel to \
-                                       the host"
-                                    .into(),
+                            expected: "one with ctypes, which keeps cells off its channel".into(),
                             found: "one without".into(),
                         });
                     }
