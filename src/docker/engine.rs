@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bollard::container::AttachContainerResults;
-use bollard::models::{ContainerCreateBody, EventMessage, SystemInfo};
+use bollard::models::{ContainerCreateBody, EventMessage, SystemInfo, SystemVersion};
 use bollard::query_parameters::{
     AttachContainerOptions, CreateContainerOptions, CreateImageOptions, EventsOptions,
     ListContainersOptions, RemoveContainerOptions,
@@ -45,6 +45,8 @@ const EVIDENCE_MAX: Duration = Duration::from_secs(3);
 pub(super) struct Engine {
     client: Docker,
     host: String,
+    /// Whether it's Podman behind the same API.
+    is_podman: bool,
 }
 
 /// What sessions have to know of their image.
@@ -69,6 +71,7 @@ impl Engine {
             }
             Err(fault) => return Err(fault.of_engine(&name)),
         };
+        let is_podman = is_podman(&version);
         let api = version.api_version.unwrap_or_default();
         if numbers(&api).is_none_or(|api| api < API_MIN) {
             return Err(Error::Incompatible {
@@ -77,7 +80,7 @@ impl Engine {
                 found: format!("API {api} (version {})", version.version.unwrap_or_default()),
             });
         }
-        Ok(Self { client, host: name })
+        Ok(Self { client, host: name, is_podman })
     }
 
     pub(super) fn host(&self) -> &str {
@@ -86,6 +89,7 @@ impl Engine {
 
     /// Refuses an engine that can't do what the options ask for.
     pub(super) async fn check(&self, options: &DockerOptions) -> Result<()> {
+        check_runtime(self.is_podman, &self.host, options)?;
         let info = call(HELLO_MAX, self.client.info()).await;
         check_info(&info.map_err(|fault| fault.of_engine(&self.host))?, &self.host, options)
     }
@@ -307,6 +311,26 @@ fn missing_limits(info: &SystemInfo) -> Vec<&'static str> {
         ("processors", info.cpu_cfs_quota),
     ];
     limits.iter().filter(|(_, has)| *has == Some(false)).map(|(name, _)| *name).collect()
+}
+
+fn is_podman(version: &SystemVersion) -> bool {
+    version.components.iter().flatten().any(|part| part.name.contains("Podman"))
+}
+
+/// A wall that somebody asked for must not be left out in silence.
+fn check_runtime(is_podman: bool, host: &str, options: &DockerOptions) -> Result<()> {
+    match &options.runtime {
+        Some(runtime) if is_podman => Err(Error::Incompatible {
+            what: engine_at(host),
+            expected: format!(
+                "one that starts a container with the runtime `{runtime}` when asked"
+            ),
+            found: "Podman, which starts it with its own all the same (set it as Podman's default \
+                    runtime, and leave it out here)"
+                .into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn check_info(info: &SystemInfo, host: &str, options: &DockerOptions) -> Result<()> {

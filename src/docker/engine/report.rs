@@ -45,8 +45,7 @@ pub async fn examine(host: &DockerHost, image: &str) -> Result<EngineReport> {
         Err(fault) if fault.is_missing() => false,
         Err(fault) => return Err(fault.of_engine(&engine.host)),
     };
-    let is_podman = version.components.iter().flatten().any(|part| part.name.contains("Podman"));
-    let name = if is_podman { "Podman" } else { "Docker" };
+    let name = if engine.is_podman { "Podman" } else { "Docker" };
     let missing_limits = missing_limits(&info);
     let system = info.operating_system.unwrap_or_else(|| "an unknown system".into());
     let cgroups = info.cgroup_version.map(|cgroups| format!(", cgroups v{cgroups}"));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use bollard::models::{EventActor, Runtime};
+use bollard::models::{EventActor, Runtime, SystemVersionComponents};
 
 use super::*;
 
@@ -44,6 +44,21 @@ fn an_engine_that_cannot_do_what_is_asked_is_refused_by_what_it_lacks() {
         let error = check(info, options).unwrap_err();
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
     }
+}
+
+/// Podman 4.3 answered that it has `runsc`, and started a container of it on the host's kernel.
+#[test]
+fn a_runtime_that_podman_would_leave_out_is_refused() {
+    let component = SystemVersionComponents { name: "Podman Engine".into(), ..Default::default() };
+    let podman = SystemVersion { components: Some(vec![component]), ..Default::default() };
+    assert!(is_podman(&podman) && !is_podman(&SystemVersion::default()));
+    let plain = DockerOptions::default();
+    let gvisor = DockerOptions { runtime: Some("runsc".into()), ..Default::default() };
+    let check = |is_podman, options| check_runtime(is_podman, "unix:///run/p.sock", options);
+    check(true, &plain).unwrap();
+    check(false, &gvisor).unwrap();
+    let error = check(true, &gvisor).unwrap_err().to_string();
+    assert!(error.contains("`runsc`") && error.contains("Podman"), "{error}");
 }
 
 #[test]
