@@ -1,7 +1,8 @@
 """The process in which cells run, where the guest is a process: its carrier, its descriptors, its end.
 
-Frames between worker and host are `length: u32 big-endian | call: u32 | message`. The worker numbers its calls, and the
-host's answer has the call's number: threads may ask at the same time. Whoever waits first reads for all.
+Frames to the host are `length: u32 big-endian | call: u32 | token: 8 bytes | message`, frames from there the same without
+the token. The worker numbers its calls, and the host's answer has the call's number: threads may ask at the same time.
+Whoever waits first reads for all. The token is the session's: bytes that a cell writes to descriptors it guessed have none.
 """
 
 import collections
@@ -39,7 +40,7 @@ class Carrier:
     """
 
     def __init__(self):
-        self.channel = self.known = self.pid = self.main = None
+        self.channel = self.known = self.pid = self.main = self.token = None
         self.bytes_max = 0  # Of a frame.
         self.numbers = itertools.count(1)
         self.buffer = bytearray()
@@ -49,8 +50,8 @@ class Carrier:
         self.reader = None  # The call whose thread reads.
         self.open, self.answers, self.waiting = set(), {}, {}
 
-    def bind(self, channel, bytes_max):
-        self.channel, self.known, self.bytes_max = channel, identity(channel), bytes_max
+    def bind(self, channel, bytes_max, token):
+        self.channel, self.known, self.bytes_max, self.token = channel, identity(channel), bytes_max, token
         self.pid, self.main = _getpid(), _ident()
 
     def is_elsewhere(self):
@@ -122,7 +123,7 @@ class Carrier:
 
     def send(self, number, frame, written):
         """Sends what `written` doesn't count of a frame. Once it has begun, what is raised comes after its end."""
-        head = _len(frame).to_bytes(4, "big") + number.to_bytes(4, "big")
+        head = _len(frame).to_bytes(4, "big") + number.to_bytes(4, "big") + self.token
         with self.sending:
             raised = self.persist(head, frame, written)
         if raised is not None:
@@ -334,7 +335,7 @@ def run(agent, carrier, channel, output, error, settings):
         for descriptor in (output, error):
             if descriptor > 2:
                 os.close(descriptor)
-        carrier.bind(kept, settings["call_bytes_max"])
+        carrier.bind(kept, settings["call_bytes_max"], bytes.fromhex(settings["token"]))
         os.register_at_fork(after_in_child=carrier.orphan)
         agent.channel.is_elsewhere = carrier.is_elsewhere
         bound(settings)

@@ -78,7 +78,7 @@ async fn no_cell_forges_a_message_or_hangs_the_host() {
 import os, struct
 done = b'{"op":"done","outcome":"exited","exit_code":9}'
 call = struct.pack(">I", len(done)) + done
-inner = struct.pack(">II", len(call), 1) + call
+inner = struct.pack(">IIQ", len(call), 1, 0) + call
 outer = [b"D" + struct.pack(">I", len(inner) + 12) + bytes(12) + inner]
 for event in (b'{"event":"dead","killed":false,"code":9,"signal":null,"starved":false}', b'{"event":"ready"}'):
     outer.append(b"C" + struct.pack(">I", len(event)) + event)
@@ -104,6 +104,7 @@ for event in (b'{"event":"dead","killed":false,"code":9,"signal":null,"starved":
         ("exits", "import os\nprint('said')\nos._exit(3)".into(), None),
         ("crashes", "import ctypes\nctypes.string_at(0)".into(), None),
         ("floods the channel", format!("{FRAMES}\nfor fd in range(200, 2000):\n    try:\n        os.fstat(fd)\n        while True: os.write(fd, inner)\n    except OSError: pass"), None),
+        ("guesses the channel, once", format!("{FRAMES}\nfor fd in range(200, 2000):\n    try: os.write(fd, inner)\n    except OSError: pass"), None),
         ("writes nonsense to the channel", "import os\nfor fd in range(200, 2000):\n    try: os.write(fd, b'\\xff' * 64)\n    except OSError: pass\nimport time\ntime.sleep(60)".into(), None),
     ];
     let limits = Limits { wall: Duration::from_secs(2), ..Limits::default() };

@@ -79,8 +79,9 @@ impl Guest {
     ) -> Result<Self> {
         let Started { reader, writer, life, surroundings } =
             machine.start(&["-c", LOADER], options).await?;
+        let token = rand::random::<u64>().to_be_bytes();
         let mut guest = Self {
-            link: Link::new(reader, writer),
+            link: Link::new(reader, writer, token),
             life,
             has_worker: false,
             idle: None,
@@ -94,6 +95,7 @@ impl Guest {
             "data_bytes": surroundings.data_bytes,
             "file_bytes": surroundings.file_bytes,
             "call_bytes_max": CALL_BYTES_MAX,
+            "token": format!("{:016x}", u64::from_be_bytes(token)),
         });
         for part in boot(settings, code) {
             guest.link.put_raw(part);

@@ -24,8 +24,11 @@ const CODE_BYTES_MAX: usize = 4 << 20;
 const CHUNK_BYTES: usize = 256 << 10;
 /// What comes before the worker's bytes in a frame: its compute and its size.
 const STATS_BYTES: usize = 12;
-/// Length and number of a worker's call.
-const CALL_HEAD_BYTES: usize = 8;
+/// Length, number and token of a worker's call.
+const CALL_HEAD_BYTES: usize = 8 + TOKEN_BYTES;
+/// Length and number of an answer to one.
+const ANSWER_HEAD_BYTES: usize = 8;
+const TOKEN_BYTES: usize = 8;
 /// Answers that may wait to be read by the guest. Each belongs to a thread that waits for it.
 const ANSWERS_WAITING_MAX: usize = 10_000;
 /// Room that is made for each read.
@@ -96,6 +99,8 @@ pub(super) enum Arrival {
 pub(super) struct Link {
     reader: Box<dyn AsyncRead + Send + Sync + Unpin>,
     writer: Box<dyn AsyncWrite + Send + Sync + Unpin>,
+    /// What every call of the worker has: bytes that a cell writes to a descriptor it guessed don't.
+    token: [u8; TOKEN_BYTES],
     inbox: BytesMut,
     /// The worker's bytes that are not yet a whole call.
     partial: BytesMut,
@@ -114,8 +119,10 @@ impl Link {
     pub(super) fn new(
         reader: Box<dyn AsyncRead + Send + Sync + Unpin>,
         writer: Box<dyn AsyncWrite + Send + Sync + Unpin>,
+        token: [u8; TOKEN_BYTES],
     ) -> Self {
         Self {
+            token,
             reader,
             writer,
             inbox: BytesMut::new(),
@@ -164,7 +171,7 @@ impl Link {
         let Ok(length) = u32::try_from(length) else {
             return Err(Error::invalid("message", format!("{length} bytes are too many")));
         };
-        let mut first = BytesMut::with_capacity(CALL_HEAD_BYTES + head.len());
+        let mut first = BytesMut::with_capacity(ANSWER_HEAD_BYTES + head.len());
         first.put_u32(length);
         first.put_u32(number);
         first.put_slice(&head);
@@ -298,8 +305,12 @@ impl Link {
         let Some((head, _)) = self.partial.split_first_chunk::<CALL_HEAD_BYTES>() else {
             return Ok(None);
         };
-        let [a, b, c, d, number @ ..] = *head;
-        let length = u32::from_be_bytes([a, b, c, d]) as usize;
+        let (length, number) =
+            ([head[0], head[1], head[2], head[3]], [head[4], head[5], head[6], head[7]]);
+        if head[8..] != self.token {
+            return Err(Error::protocol("bytes on the channel that the agent didn't send"));
+        }
+        let length = u32::from_be_bytes(length) as usize;
         if length > CALL_BYTES_MAX {
             return Err(Error::protocol(format!("a call of {length} bytes")));
         }
