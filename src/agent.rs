@@ -474,17 +474,12 @@ impl Conversation {
         usage: Usage,
     ) -> Execution {
         Execution {
-            outcome,
             limit: self.stop,
-            rolled_back: false,
             stdout: streams.stdout.into_output(self.output_chars),
             stderr: streams.stderr.into_output(self.output_chars),
-            value: None,
-            exception: None,
-            variables: Vec::new(),
-            final_answer: None,
             lm_calls: std::mem::take(&mut self.calls.completions),
             usage: self.usage(usage),
+            ..Execution::new(outcome)
         }
     }
 }

@@ -4,6 +4,8 @@
 //! The failure guarded against: a flag or a command that means nothing on a backend and is ignored, and
 //! a session that lost its state without a word.
 
+#[path = "common/packages.rs"]
+mod packages;
 #[path = "common/required.rs"]
 mod required;
 
@@ -177,30 +179,7 @@ fn dill_image() -> &'static Result<Place, String> {
 /// A directory with dill, installed unless an earlier run did.
 fn dill() -> &'static Result<PathBuf, String> {
     static PACKAGES: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    PACKAGES.get_or_init(|| {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let packages = target.join("dill-0.4.0");
-        if packages.exists() {
-            return Ok(packages);
-        }
-        let fresh = tempfile::tempdir_in(target).map_err(|e| e.to_string())?;
-        let output = Command::new("python3")
-            .args(["-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
-            .args(["--disable-pip-version-check", "--no-input", "--quiet", "--target"])
-            .arg(fresh.path().join("packages"))
-            .arg("dill==0.4.0")
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|e| format!("python3 can't be started: {e}"))?;
-        if !output.status.success() {
-            let words = text(&output.stderr);
-            return Err(format!("pip says: {}", words.trim().lines().last().unwrap_or("nothing")));
-        }
-        match fs::rename(fresh.path().join("packages"), &packages) {
-            Err(error) if !packages.exists() => Err(error.to_string()),
-            _ => Ok(packages),
-        }
-    })
+    PACKAGES.get_or_init(|| packages::installed("python3", packages::DILL))
 }
 
 fn flags_are_refused() {

@@ -5,6 +5,8 @@
 //! clients of model providers, which nothing here needs.
 
 mod common;
+#[path = "common/packages.rs"]
+mod packages;
 #[path = "common/required.rs"]
 mod required;
 
@@ -68,38 +70,9 @@ fn rlm() -> &'static Result<Rlm, String> {
         };
         let python =
             PYTHONS.iter().find(is_new_enough).ok_or("there is no Python 3.11 or newer")?;
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let packages = target.join(PACKAGES.join("-").replace("==", "-"));
-        if !packages.exists() {
-            install(python, target, &packages)?;
-        }
+        let packages = packages::installed(python, PACKAGES)?;
         Ok(Rlm { python, packages })
     })
-}
-
-/// The directory appears with all in it, or not at all.
-fn install(python: &str, target: &Path, packages: &Path) -> Result<(), String> {
-    let io = |error: std::io::Error| error.to_string();
-    let fresh = tempfile::tempdir_in(target).map_err(io)?;
-    let output = Command::new(python)
-        .args(["-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
-        .args(["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--quiet"])
-        .arg("--target")
-        .arg(fresh.path().join("packages"))
-        .args(PACKAGES)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(io)?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        let last = words.trim().lines().last().unwrap_or("nothing");
-        return Err(format!("`{python} -m pip install` says: {last}"));
-    }
-    match fs::rename(fresh.path().join("packages"), packages) {
-        // Another run was quicker.
-        Err(_) if packages.exists() => Ok(()),
-        result => result.map_err(io),
-    }
 }
 
 fn main() -> ExitCode {

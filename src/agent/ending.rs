@@ -14,20 +14,15 @@ pub(crate) fn not_begun(limits: &Limits, fuel: Option<u64>, waited: Duration) ->
     let mut streams = Streams::new(limits.output_bytes);
     streams.stderr.write(line.as_bytes());
     Execution {
-        outcome: Outcome::Raised,
         limit: Some(Limit::Interrupt),
-        rolled_back: false,
         stdout: streams.stdout.into_output(None),
         stderr: streams.stderr.into_output(None),
-        value: None,
         exception: Some(Exception {
             type_name: "KeyboardInterrupt".into(),
             message,
             traceback: line,
         }),
-        variables: Vec::new(),
-        final_answer: None,
-        lm_calls: Vec::new(),
         usage: Usage { fuel, wall: waited, ..Usage::default() },
+        ..Execution::new(Outcome::Raised)
     }
 }

@@ -65,7 +65,6 @@ pub(super) fn cut(mut text: String, chars_max: usize) -> String {
 mod tests {
     use super::*;
     use crate::environment::{Outcome, Output};
-    use crate::limits::Usage;
 
     fn block(stdout: &str, stderr: &str, variables: &[(&str, &str)]) -> String {
         let output = |text: &str| Output {
@@ -79,19 +78,8 @@ mod tests {
             repr: String::new(),
             new: false,
         };
-        let execution = Execution {
-            outcome: Outcome::Completed,
-            limit: None,
-            rolled_back: false,
-            stdout: output(stdout),
-            stderr: output(stderr),
-            value: None,
-            exception: None,
-            variables: Vec::new(),
-            final_answer: None,
-            lm_calls: Vec::new(),
-            usage: Usage::default(),
-        };
+        let (stdout, stderr) = (output(stdout), output(stderr));
+        let execution = Execution { stdout, stderr, ..Execution::new(Outcome::Completed) };
         let variables: Vec<Variable> = variables.iter().map(variable).collect();
         result(&execution, &variables, 20)
     }

@@ -14,7 +14,6 @@ use super::trajectory::{Trajectory, Turn};
 use super::{Dialect, RlmEvent, observation, prompt};
 use crate::environment::{Context, ExecuteOptions, Execution, Outcome, Output, Status, Variable};
 use crate::error::Error;
-use crate::limits::Usage;
 use crate::lm::{Ledger, LmError, LmKind, LmRequest, Prompt, estimated_tokens, usage_of};
 
 /// What RLM calls a model whose name it doesn't know.
@@ -458,17 +457,5 @@ fn answer_variable() -> Variable {
 fn failed_execution(error: &Error) -> Execution {
     let bytes = format!("{error}\n").into_bytes();
     let stderr = Output { total_bytes: bytes.len() as u64, bytes, truncated: false };
-    Execution {
-        outcome: Outcome::Raised,
-        limit: None,
-        rolled_back: true,
-        stdout: Output::default(),
-        stderr,
-        value: None,
-        exception: None,
-        variables: Vec::new(),
-        final_answer: None,
-        lm_calls: Vec::new(),
-        usage: Usage::default(),
-    }
+    Execution { rolled_back: true, stderr, ..Execution::new(Outcome::Raised) }
 }

@@ -1,6 +1,6 @@
 //! What the suite runs over, and why it isn't here if it isn't.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
 
@@ -14,7 +14,7 @@ use kaa::{
 
 use tokio::runtime::Runtime;
 
-use crate::{common, lab};
+use crate::{common, lab, packages};
 
 /// What a machine has, or why it doesn't.
 pub(crate) type Found<T> = &'static Result<T, String>;
@@ -113,34 +113,8 @@ impl Backend for WithDill {
 fn local_dill() -> Found<Shared> {
     static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
     FOUND.get_or_init(|| {
-        let packages = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dill-0.4.0");
-        if !packages.exists() {
-            install_dill(&packages)?;
-        }
+        let packages = packages::installed("python3", packages::DILL)?;
         let packages = packages.to_str().ok_or("the target directory isn't UTF-8")?.to_owned();
         Ok(Arc::new(WithDill { host: host()?, packages }))
     })
-}
-
-/// The directory appears with all in it, or not at all.
-fn install_dill(packages: &Path) -> Result<(), String> {
-    let io = |error: std::io::Error| error.to_string();
-    let fresh = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).map_err(io)?;
-    let output = Command::new("python3")
-        .args(["-m", "pip", "install", "--no-deps", "--only-binary=:all:", "--no-cache-dir"])
-        .args(["--disable-pip-version-check", "--no-input", "--quiet", "dill==0.4.0", "--target"])
-        .arg(fresh.path().join("packages"))
-        .stdin(Stdio::null())
-        .output()
-        .map_err(io)?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
-        let last = words.trim().lines().last().unwrap_or("nothing");
-        return Err(format!("`python3 -m pip install dill==0.4.0` says: {last}"));
-    }
-    match std::fs::rename(fresh.path().join("packages"), packages) {
-        // Another run was quicker.
-        Err(_) if packages.exists() => Ok(()),
-        result => result.map_err(io),
-    }
 }
