@@ -57,6 +57,8 @@ mod image;
 mod limits;
 pub mod lm;
 mod local;
+#[cfg(feature = "modal")]
+pub mod modal;
 mod policy;
 mod process;
 mod protocol;

@@ -67,6 +67,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("local", &["error", "environment", "limits", "policy", "process", "snapshot"]),
     ("docker", &["error", "environment", "image", "limits", "policy", "process", "snapshot"]),
+    ("modal", &["error", "environment", "image", "limits", "policy", "process", "snapshot"]),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
 ];
 
@@ -82,6 +83,10 @@ const HOMES: &[(&str, &[&str])] = &[
     ("wasm_encoder", &["wasm"]),
     ("lz4_flex", &["snapshot"]),
     ("bollard", &["docker"]),
+    ("tonic", &["modal"]),
+    ("tonic_prost", &["modal"]),
+    ("prost", &["modal"]),
+    ("uuid", &["modal"]),
     ("tokio_util", &["docker"]),
     ("jiff", &["rlm"]),
     ("reqwest", &["lm"]),
@@ -103,7 +108,7 @@ fn files(directory: &str, ending: &str) -> Vec<(PathBuf, String)> {
     while let Some(directory) = pending.pop() {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
-            if path.is_dir() {
+            if path.is_dir() && !path.ends_with("modal/proto") {
                 pending.push(path);
             } else if path.extension().is_some_and(|found| found == ending) {
                 let text = fs::read_to_string(&path).unwrap();
