@@ -152,6 +152,9 @@ class Supervisor:
                 os.close(descriptor)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if is_demoted(self.settings):
+                demote(self.settings["user"])
+            # After it: a process that becomes another user's forgets both.
             prctl(PR_SET_DUMPABLE, 1)
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
@@ -436,6 +439,28 @@ def drain(descriptor):
         pass
 
 
+def make_scratch(settings):
+    """The session's directory, where the host could not make it: its worker's, and nobody else's."""
+    try:
+        os.mkdir(settings["scratch"], OPEN_MODE)
+    except FileExistsError:
+        return
+    if is_demoted(settings):
+        os.chown(settings["scratch"], settings["user"], settings["user"])
+
+
+def demote(user):
+    """Makes this process another user's, for good."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
+def is_demoted(settings):
+    """Whether the worker becomes another user than this process is."""
+    return settings.get("user") is not None and os.geteuid() == 0
+
+
 def has_dill():
     import importlib.util
 
@@ -450,6 +475,7 @@ def main():
     kind = read_exactly(1)
     boot = Boot(read_exactly(int.from_bytes(read_exactly(4), "big")))
     assert kind == b"B"
+    make_scratch(boot.settings)
     if not boot.settings["is_alone"]:
         try:
             os.setsid()  # Ctrl-C in the terminal is the host's affair.

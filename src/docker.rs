@@ -14,7 +14,6 @@ mod backend;
 mod container;
 mod engine;
 mod fault;
-mod owner;
 mod spec;
 mod streams;
 mod verdict;
@@ -29,11 +28,10 @@ pub use self::backend::DockerBackend;
 use self::container::Container;
 use self::engine::{Engine, ImageFacts};
 pub use self::engine::{EngineReport, examine};
-use self::owner::Owner;
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
 use crate::image::ProgressFn;
-use crate::process::{Machine, Started};
+use crate::process::{Machine, Owner, Started};
 
 /// The backend's name.
 const BACKEND: &str = "docker";

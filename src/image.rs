@@ -69,6 +69,11 @@ pub enum Progress {
         /// Bytes since the step began.
         bytes: u64,
     },
+    /// Something was said meanwhile: a line of a build's log, without control characters.
+    Log {
+        /// At most some hundred characters.
+        line: String,
+    },
     /// The step is over.
     End {
         /// What came out of it, in words and sizes.

@@ -156,6 +156,7 @@ impl Machine for LocalMachine {
             is_alone: false,
             data_bytes: Some(options.limits.memory_bytes),
             file_bytes: Some(options.limits.disk_bytes),
+            user: None,
         };
         Ok(Started {
             reader: Box::new(reader),

@@ -1,6 +1,12 @@
 //! Sessions in sandboxes of Modal.
+mod app;
+mod channel;
+mod client;
 mod config;
+mod ending;
+mod fault;
 mod image;
+mod machine;
 mod options;
 #[allow(
     dead_code,
@@ -11,23 +17,48 @@ mod options;
     reason = "generated"
 )]
 mod proto;
+mod retry;
+mod router;
+mod sandbox;
+mod stdin;
+mod stdout;
+mod until;
 
 use std::path::Path;
-use std::time::SystemTime;
 
 use async_trait::async_trait;
 
+pub use self::client::ModalClient;
 pub use self::config::ModalConfig;
 pub use self::image::ModalImage;
+use self::machine::ModalMachine;
 pub use self::options::{Carrier, ModalOptions, Network, Secret};
+pub use self::router::ProcessExit;
+pub use self::sandbox::{Sandbox, SandboxProcess, SandboxReport, SandboxSpec};
 use crate::environment::{Backend, Capabilities, Environment, EnvironmentOptions};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::image::ProgressFn;
 use crate::process::ProcessBackend;
 use crate::snapshot::Snapshot;
 
+/// The backend's name.
+const BACKEND: &str = "modal";
+/// What sessions can do of themselves; whether there are snapshots, their Python decides.
+const CAPABILITIES: Capabilities = Capabilities {
+    backend: BACKEND,
+    isolated: true,
+    fuel: false,
+    rollback: false,
+    snapshot: false,
+    deterministic: false,
+};
 /// What Kaa's own tags begin with.
 const TAG_PREFIX: &str = "kaa-";
+/// The tags of a session's sandbox: which session, and which process it belongs to.
+const SESSION_TAG: &str = "kaa-session";
+const OWNER_TAG: &str = "kaa-owner";
+/// The version of Modal's Python client whose words these are.
+const MIRRORED_PYTHON: &str = "1.6.4";
 
 /// Sessions in sandboxes of Modal.
 #[derive(Debug, Clone)]
@@ -35,14 +66,7 @@ pub struct ModalBackend(ProcessBackend);
 
 impl ModalBackend {
     /// What sessions in sandboxes can do. Snapshots there are where the image's Python has dill.
-    pub const CAPABILITIES: Capabilities = Capabilities {
-        backend: "modal",
-        isolated: true,
-        fuel: false,
-        rollback: false,
-        snapshot: false,
-        deterministic: false,
-    };
+    pub const CAPABILITIES: Capabilities = CAPABILITIES;
 
     /// Finds the app and builds the image.
     ///
@@ -50,12 +74,15 @@ impl ModalBackend {
     ///
     /// As the parts.
     pub async fn connect(
-        _config: ModalConfig,
+        config: ModalConfig,
         options: ModalOptions,
-        _progress: ProgressFn<'_>,
+        progress: ProgressFn<'_>,
     ) -> Result<Self> {
         options.validate()?;
-        Err(Error::unavailable("Modal", "not yet"))
+        let client = ModalClient::connect(config).await?;
+        let setup_code = options.setup_code.clone();
+        let machine = ModalMachine::prepare(client, options, progress).await?;
+        Ok(Self(ProcessBackend::new(machine, setup_code)))
     }
 
     /// Reads a snapshot that a session in a process has saved.
@@ -76,64 +103,5 @@ impl Backend for ModalBackend {
 
     async fn open(&self, options: EnvironmentOptions) -> Result<Box<dyn Environment>> {
         self.0.open(options).await
-    }
-}
-
-/// Modal, as somebody with these credentials.
-#[derive(Debug, Clone)]
-pub struct ModalClient {}
-
-/// A sandbox that Modal knows.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SandboxReport {
-    /// Its id.
-    pub id: String,
-    /// When it was made.
-    pub created_at: SystemTime,
-    /// Its tags.
-    pub tags: Vec<(String, String)>,
-    /// Whether the process that made it lives, as far as that's known here: one of this machine.
-    pub has_owner: Option<bool>,
-}
-
-impl ModalClient {
-    /// Asks Modal for a token.
-    ///
-    /// # Errors
-    ///
-    /// As connect.
-    pub async fn connect(_config: ModalConfig) -> Result<Self> {
-        Err(Error::unavailable("Modal", "not yet"))
-    }
-
-    /// The sandboxes of Kaa's sessions that live, of all apps or of one, oldest first.
-    ///
-    /// # Errors
-    ///
-    /// As connect.
-    pub async fn sandboxes(&self, _app: Option<&str>) -> Result<Vec<SandboxReport>> {
-        Ok(Vec::new())
-    }
-
-    /// Ends a sandbox.
-    ///
-    /// # Errors
-    ///
-    /// As connect.
-    pub async fn terminate(&self, _id: &str) -> Result<()> {
-        Ok(())
-    }
-}
-/// A sandbox.
-#[derive(Debug)]
-pub struct Sandbox {}
-impl Sandbox {
-    /// Snapshot.
-    ///
-    /// # Errors
-    ///
-    /// As.
-    pub async fn snapshot_filesystem(&self) -> Result<String> {
-        Err(Error::unavailable("Modal", "not yet"))
     }
 }

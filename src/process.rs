@@ -9,6 +9,8 @@ mod backend;
 mod environment;
 mod guest;
 mod link;
+#[cfg(any(feature = "docker", feature = "modal"))]
+mod owner;
 mod saved;
 mod turn;
 
@@ -21,6 +23,10 @@ use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
 
 pub(crate) use self::backend::ProcessBackend;
+#[cfg(any(feature = "docker", feature = "modal"))]
+pub(crate) use self::owner::Owner;
+#[cfg(feature = "docker")]
+pub(crate) use self::owner::started as process_started;
 
 /// Where processes are started.
 #[async_trait]
@@ -66,6 +72,8 @@ pub(crate) struct Surroundings {
     pub(crate) data_bytes: Option<u64>,
     /// Bytes of one file that it writes (`RLIMIT_FSIZE`).
     pub(crate) file_bytes: Option<u64>,
+    /// The number of the user that the worker becomes, if its supervisor is root.
+    pub(crate) user: Option<u32>,
 }
 
 /// Power over a started process. Dropping it ends the process, too, and leaves nothing behind.

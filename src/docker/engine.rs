@@ -19,11 +19,11 @@ use futures_util::future::join_all;
 pub use self::report::{EngineReport, examine};
 use super::address::{CERTIFICATES, DockerHost, Place};
 use super::fault::{Fault, call, engine_at};
-use super::owner::{self, Owner};
 use super::verdict::Evidence;
 use super::{DockerOptions, Pull};
 use crate::error::{Error, Result};
 use crate::image::{Progress, ProgressFn};
+use crate::process::{Owner, process_started};
 
 /// The label with whose container it is.
 pub(super) const OWNER_LABEL: &str = "kaa.owner";
@@ -174,7 +174,7 @@ impl Engine {
         };
         let leftovers = listed.into_iter().filter_map(|container| {
             let label = container.labels?.remove(OWNER_LABEL)?;
-            me.outlived(&label, owner::started).then_some(container.id?)
+            me.outlived(&label, process_started).then_some(container.id?)
         });
         let removals = leftovers.map(|id| async move { self.remove(&id).await });
         for removed in join_all(removals).await {

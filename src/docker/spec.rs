@@ -52,6 +52,7 @@ pub(super) fn surroundings(options: &EnvironmentOptions) -> Surroundings {
         is_alone: true,
         data_bytes: Some(options.limits.memory_bytes),
         file_bytes: is_written.then_some(options.limits.disk_bytes),
+        user: None,
     }
 }
 

@@ -94,6 +94,7 @@ impl Guest {
             "is_alone": surroundings.is_alone,
             "data_bytes": surroundings.data_bytes,
             "file_bytes": surroundings.file_bytes,
+            "user": surroundings.user,
             "call_bytes_max": CALL_BYTES_MAX,
             "token": format!("{:016x}", u64::from_be_bytes(token)),
         });

@@ -1,12 +1,15 @@
-//! Whose container it is, so that what a dead process left can be told from what a living one uses.
+//! Whose container or sandbox it is, so that what a dead process left can be told from what a living one
+//! uses.
 
 use std::fmt;
 use std::fs;
 
+use sha2::{Digest, Sha256};
+
 /// A process, so that no other one is ever taken for it: neither one of another machine or container,
 /// nor a later one with the same number.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Owner {
+pub(crate) struct Owner {
     /// The boot of the machine and the namespace of process numbers.
     realm: String,
     pid: u32,
@@ -17,7 +20,7 @@ pub(super) struct Owner {
 impl Owner {
     /// `None` on a system that doesn't tell (without `/proc`): there containers end with the connection
     /// all the same, and only what a killed engine left stays.
-    pub(super) fn of_this_process() -> Option<Self> {
+    pub(crate) fn of_this_process() -> Option<Self> {
         let pid = std::process::id();
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         let namespace = fs::read_link("/proc/self/ns/pid").ok()?;
@@ -28,11 +31,33 @@ impl Owner {
 
     /// Whether the process with this label is of this realm and dead. `started` tells when the process
     /// of a number was started, if there is one.
-    pub(super) fn outlived(&self, label: &str, started: impl Fn(u32) -> Option<u64>) -> bool {
+    #[cfg(feature = "docker")]
+    pub(crate) fn outlived(&self, label: &str, started: impl Fn(u32) -> Option<u64>) -> bool {
         match Self::parse(label) {
             Some(other) => other.realm == self.realm && started(other.pid) != Some(other.started),
             None => false,
         }
+    }
+
+    /// What others outside of this machine may see of it: letters, digits and dashes.
+    #[cfg(feature = "modal")]
+    pub(crate) fn tag(&self) -> String {
+        format!("{}-{}-{}", self.realm_tag(), self.pid, self.started)
+    }
+
+    #[cfg(feature = "modal")]
+    fn realm_tag(&self) -> String {
+        let digest = Sha256::digest(&self.realm);
+        digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Whether the process with this tag lives, if it's of this realm.
+    #[cfg(feature = "modal")]
+    pub(crate) fn knows_alive(&self, tag: &str) -> Option<bool> {
+        let (rest, since) = tag.rsplit_once('-')?;
+        let (realm, pid) = rest.rsplit_once('-')?;
+        let (pid, since) = (pid.parse().ok()?, since.parse::<u64>().ok()?);
+        (realm == self.realm_tag()).then(|| started(pid) == Some(since))
     }
 
     fn parse(label: &str) -> Option<Self> {
@@ -49,7 +74,7 @@ impl fmt::Display for Owner {
 }
 
 /// When the process of this number was started; `None` when there is none that still runs.
-pub(super) fn started(pid: u32) -> Option<u64> {
+pub(crate) fn started(pid: u32) -> Option<u64> {
     started_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
@@ -103,10 +128,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn of_a_tag_is_known_whether_its_process_lives_if_it_is_of_this_realm() {
+        let me = Owner { realm: "boot:4026".into(), pid: 1 << 30, started: 100 };
+        assert!(me.tag().chars().all(|c| c.is_ascii_alphanumeric() || c == '-'), "{}", me.tag());
+        assert_eq!(me.knows_alive(&me.tag()), Some(false));
+        let other = Owner { realm: "boot:4027".into(), ..me.clone() };
+        for tag in [other.tag().as_str(), "", "a-b-c", "--"] {
+            assert_eq!(me.knows_alive(tag), None, "{tag}");
+        }
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn this_process_has_not_outlived_itself() {
         let me = Owner::of_this_process().unwrap();
         assert!(!me.outlived(&me.to_string(), started));
+        assert_eq!(me.knows_alive(&me.tag()), Some(true));
     }
 }

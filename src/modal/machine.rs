@@ -1,0 +1,298 @@
+//! Modal as a machine that starts processes: one sandbox for each session.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::io::AsyncReadExt;
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::app::{App, Build};
+use super::client::ModalClient;
+use super::ending::{Bounds, Ending};
+use super::options::{self, ModalOptions};
+use super::proto::client as wire;
+use super::router::{Command, ProcessExit};
+use super::sandbox::{Ground, Sandbox, SandboxProcess, SandboxSpec};
+use super::{BACKEND, CAPABILITIES, OWNER_TAG, SESSION_TAG};
+use crate::environment::{Capabilities, EnvironmentOptions};
+use crate::error::{Error, Result};
+use crate::image::ProgressFn;
+use crate::process::{Life, Machine, Owner, Started, Surroundings};
+
+/// What a session takes beside the worker's data: the supervisor, two interpreters' code.
+const OWN_BYTES: u64 = 128 << 20;
+/// How long the cause of an end may take to be known.
+const AUTOPSY_TIME: Duration = Duration::from_secs(5);
+/// What is read of a process's last words.
+const WORDS_BYTES_MAX: usize = 8 << 10;
+const WORDS_TIME: Duration = Duration::from_millis(500);
+
+/// Modal, with an app and an image.
+#[derive(Debug)]
+pub(super) struct ModalMachine {
+    client: ModalClient,
+    options: ModalOptions,
+    app: App,
+    image: String,
+    secrets: Vec<wire::SecretSource>,
+    owner: String,
+}
+
+impl ModalMachine {
+    /// Finds the app, builds the image, and ends what dead processes of this host have left.
+    pub(super) async fn prepare(
+        client: ModalClient,
+        options: ModalOptions,
+        progress: ProgressFn<'_>,
+    ) -> Result<Self> {
+        let app = client.app(&options.app).await?;
+        let build =
+            Build { app: &app, image: &options.image, time: options.build_timeout, progress };
+        let built = async { tokio::join!(client.build(&build), client.secrets(&options.secrets)) };
+        let (_, (image, secrets)) = tokio::join!(end_leftovers(&client, &app.id), built);
+        let owner = Owner::of_this_process().map_or_else(|| "unknown".into(), |me| me.tag());
+        let (image, secrets) = (image?, secrets?);
+        Ok(Self { client, options, app, image, secrets, owner })
+    }
+
+    fn spec(&self, options: &EnvironmentOptions, session: &str) -> SandboxSpec {
+        let mut tags = self.options.tags.clone();
+        tags.push((SESSION_TAG.into(), session.into()));
+        tags.push((OWNER_TAG.into(), self.owner.clone()));
+        let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES);
+        SandboxSpec {
+            cpu: self.options.cpu,
+            memory_mib: memory.div_ceil(1 << 20).try_into().unwrap_or(u32::MAX),
+            timeout: self.options.timeout,
+            network: self.options.network.clone(),
+            tags,
+            ..SandboxSpec::default()
+        }
+    }
+
+    fn command(&self, arguments: &[&str], options: &EnvironmentOptions, scratch: &str) -> Command {
+        let own = [
+            ("HOME", scratch),
+            ("TMPDIR", scratch),
+            ("LANG", "C.UTF-8"),
+            ("PYTHONDONTWRITEBYTECODE", "1"),
+        ];
+        let own = own.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let program = std::iter::once(self.options.python.clone());
+        Command {
+            arguments: program.chain(arguments.iter().map(|&text| text.to_owned())).collect(),
+            workdir: Some("/".into()),
+            env: own.chain(options.policy.env.iter().cloned()).collect(),
+            time: None,
+        }
+    }
+}
+
+/// Best effort: whatever it doesn't end, `kaa modal clean` or the timeout does.
+async fn end_leftovers(client: &ModalClient, app: &str) {
+    let Ok(found) = client.sessions(app).await else { return };
+    for sandbox in found.iter().filter(|sandbox| sandbox.has_owner == Some(false)) {
+        drop(client.terminate(&sandbox.id).await);
+    }
+}
+
+#[async_trait]
+impl Machine for ModalMachine {
+    fn capabilities(&self) -> Capabilities {
+        CAPABILITIES
+    }
+
+    fn check(&self, options: &EnvironmentOptions) -> Result<()> {
+        if !options.policy.mounts.is_empty() {
+            return Err(Error::Unsupported { backend: BACKEND, operation: "mounts" });
+        }
+        for (name, _) in &options.policy.env {
+            options::check_variable("policy.env", name)?;
+        }
+        Ok(())
+    }
+
+    async fn start(&self, arguments: &[&str], options: &EnvironmentOptions) -> Result<Started> {
+        let session = format!("{:016x}", rand::random::<u64>());
+        let scratch = format!("/tmp/kaa-{session}");
+        let spec = self.spec(options, &session);
+        let command = self.command(arguments, options, &scratch);
+        let bounds =
+            Bounds { timeout: self.options.timeout, memory_bytes: options.limits.memory_bytes };
+        let surroundings = Surroundings {
+            scratch,
+            is_alone: false,
+            data_bytes: Some(options.limits.memory_bytes),
+            file_bytes: Some(options.limits.disk_bytes),
+            user: Some(self.options.user),
+        };
+        let (client, app, image) = (self.client.clone(), self.app.clone(), self.image.clone());
+        let (secrets, patience) = (self.secrets.clone(), self.options.patience);
+        // A task of its own, which can't be dropped half-way: what it has made when nobody waits for it
+        // any more is dropped as a whole, and ended.
+        let (send, receive) = oneshot::channel();
+        tokio::spawn(async move {
+            let ground = Ground { app: &app, image: &image, secrets };
+            let begun = async {
+                let sandbox = client.create(&spec, ground).await?;
+                let mut life = ModalLife::new(sandbox, bounds);
+                life.begin(command, patience).await?;
+                Ok(life)
+            };
+            drop(send.send(begun.await));
+        });
+        let mut life = receive.await.unwrap_or_else(|_| {
+            let reason = "the runtime that was to start it shut down";
+            Err(Error::unavailable("a sandbox of Modal", reason))
+        })?;
+        let (reader, writer) = life.streams()?;
+        Ok(Started { reader, writer, life: Box::new(life), surroundings })
+    }
+}
+
+/// Power over a session's sandbox.
+struct ModalLife {
+    sandbox: Sandbox,
+    process: Option<SandboxProcess>,
+    bounds: Bounds,
+    /// Where it's ended when nobody can wait for that.
+    runtime: Handle,
+    is_ended: bool,
+    /// How the sandbox ended, once it has.
+    ending: watch::Receiver<Option<Ending>>,
+    watcher: JoinHandle<()>,
+}
+
+impl ModalLife {
+    fn new(sandbox: Sandbox, bounds: Bounds) -> Self {
+        let (send, ending) = watch::channel(None);
+        let watched = sandbox.clone();
+        let watcher = tokio::spawn(async move {
+            if let Ok(ending) = watched.watch().await {
+                drop(send.send(Some(ending)));
+            }
+        });
+        let runtime = Handle::current();
+        Self { sandbox, process: None, bounds, runtime, is_ended: false, ending, watcher }
+    }
+
+    async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
+        self.process = Some(self.sandbox.start(command, patience).await?);
+        Ok(())
+    }
+
+    /// The streams of the process. Its output ends, too, when the sandbox does.
+    fn streams(&mut self) -> Result<(Reader, Writer)> {
+        let process = self.process.as_mut();
+        let Some((stdout, Some(stdin))) = process.map(SandboxProcess::take_streams) else {
+            return Err(Error::Internal("a process in a sandbox without streams".into()));
+        };
+        let reader = super::until::Until::new(stdout, self.ending.clone());
+        Ok((Box::new(reader), Box::new(stdin)))
+    }
+
+    /// What the process said to nobody in particular.
+    async fn words(&mut self) -> String {
+        let Some(process) = &mut self.process else { return String::new() };
+        let mut bytes = vec![0; WORDS_BYTES_MAX];
+        let mut length = 0;
+        let read = async {
+            while length < bytes.len() {
+                match process.stderr().read(&mut bytes[length..]).await {
+                    Ok(0) | Err(_) => break,
+                    Ok(more) => length += more,
+                }
+            }
+        };
+        let _ = tokio::time::timeout(WORDS_TIME, read).await;
+        super::fault::said(&String::from_utf8_lossy(&bytes[..length]))
+    }
+}
+
+type Reader = Box<dyn tokio::io::AsyncRead + Send + Sync + Unpin>;
+type Writer = Box<dyn tokio::io::AsyncWrite + Send + Sync + Unpin>;
+
+#[async_trait]
+impl Life for ModalLife {
+    fn kill(&mut self) {
+        self.watcher.abort();
+        self.process = None;
+        if !std::mem::replace(&mut self.is_ended, true) {
+            // With the runtime at its end the task is never run: then its timeout ends the sandbox, or
+            // the next process that connects.
+            let sandbox = self.sandbox.clone();
+            self.runtime.spawn(async move { drop(sandbox.terminate().await) });
+        }
+    }
+
+    async fn close(&mut self) -> Result<()> {
+        self.watcher.abort();
+        self.process = None;
+        if self.is_ended {
+            return Ok(());
+        }
+        let ended = self.sandbox.terminate().await;
+        self.is_ended = ended.is_ok();
+        ended
+    }
+
+    async fn autopsy(&mut self) -> Error {
+        let poisoned = |reason: String| Error::Poisoned { reason };
+        let known = self.ending.borrow().clone();
+        let asked = tokio::time::timeout(AUTOPSY_TIME, async {
+            match known {
+                Some(ending) => Ok(Some(ending)),
+                None => self.sandbox.ended().await,
+            }
+        });
+        match asked.await {
+            Ok(Ok(Some(ending))) => return poisoned(ending.words(Some(self.bounds))),
+            Ok(Ok(None)) => {}
+            Ok(Err(fault)) => {
+                let error = self.sandbox.client().explain(&fault, "the Modal sandbox");
+                return poisoned(format!("the connection to the sandbox was lost: {error}"));
+            }
+            Err(_) => {
+                return poisoned(
+                    "the connection to the sandbox was lost, and Modal doesn't answer; look at the \
+                     network, and end what is left with `kaa modal clean`"
+                        .into(),
+                );
+            }
+        }
+        let words = self.words().await;
+        let words = if words.is_empty() { words } else { format!(": {words}") };
+        let process = self.process.as_ref();
+        let exit = match process {
+            Some(process) => process.poll().await,
+            None => None,
+        };
+        match exit {
+            Some(ProcessExit::Code(127 | 126)) => Error::Incompatible {
+                what: "the image of the Modal sandbox".into(),
+                expected: "Python 3.9 or newer (name another image or interpreter)".into(),
+                found: format!("none that could be started{words}"),
+            },
+            Some(ProcessExit::Code(code)) => poisoned(format!(
+                "the session's process in the sandbox ended with exit code {code}{words}"
+            )),
+            Some(ProcessExit::Signal(signal)) => poisoned(format!(
+                "the session's process in the sandbox was killed by signal {signal}{words}; look \
+                 whether limits.memory_bytes, which is {}, is too small for it",
+                self.bounds.memory_bytes
+            )),
+            None => poisoned(format!(
+                "the connection to the sandbox was lost for longer than modal.patience, though it \
+                 still runs{words}"
+            )),
+        }
+    }
+}
+
+impl Drop for ModalLife {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
