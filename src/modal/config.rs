@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tonic::transport::Uri;
 
 use self::file::Profile;
+use super::channel;
 use crate::error::{Error, Result};
 
 /// Where Modal's own clients look, in their order.
@@ -16,8 +17,6 @@ const SERVER_URLS: &str = "https://api.modal.com,https://api.modal2.com";
 /// What other programs of Modal's integrations sign in with.
 const OAUTH: [&str; 4] =
     ["oauth_refresh_token", "oauth_client_id", "oauth_client_secret", "oauth_jwt_key"];
-/// The only hosts to which a token may go in the clear, as a URL names them.
-const LOOPBACK: [&str; 3] = ["localhost", "127.0.0.1", "[::1]"];
 const ROOTS: &str = "KAA_MODAL_ROOTS";
 
 /// Where Modal is, and as whom it is asked.
@@ -253,7 +252,7 @@ fn check_url(place: &str, url: &str) -> Result<String> {
             refuse("write it as https://HOST or https://HOST:PORT, with nothing after it")
         }
         Some("https") => Ok(url.trim_end_matches('/').to_owned()),
-        Some("http") if LOOPBACK.contains(&host) => Ok(url.trim_end_matches('/').to_owned()),
+        Some("http") if channel::is_loopback(url) => Ok(url.trim_end_matches('/').to_owned()),
         Some("http") => refuse(
             "http:// would show the token to everybody on the way, so it is only taken for localhost, \
              127.0.0.1 and [::1]; write https://",

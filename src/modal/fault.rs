@@ -62,7 +62,7 @@ impl Fault {
             Code::Unimplemented | Code::FailedPrecondition => format!(
                 "it no longer takes what this version of Kaa says, which is what version {} of its own \
                  Python client says: {message}; look for a newer Kaa",
-                super::MIRRORED_PYTHON
+                super::ModalConfig::PYTHON_CLIENT
             ),
             Code::NotFound => format!("it isn't there: {message}"),
             Code::InvalidArgument | Code::AlreadyExists | Code::OutOfRange => {
@@ -156,7 +156,7 @@ mod tests {
             (Code::Unauthenticated, "modal token new"),
             (Code::ResourceExhausted, "kaa modal clean"),
             (Code::Unavailable, "MODAL_SERVER_URL"),
-            (Code::FailedPrecondition, super::super::MIRRORED_PYTHON),
+            (Code::FailedPrecondition, super::super::ModalConfig::PYTHON_CLIENT),
             (Code::NotFound, "isn't there"),
             (Code::Internal, "try again"),
         ] {

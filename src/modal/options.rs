@@ -31,22 +31,6 @@ pub enum Network {
     },
 }
 
-/// How calls of language models get from a sandbox to the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Carrier {
-    /// With everything else, over the stdin and stdout of the session's process: no port, one round
-    /// trip, whatever the network.
-    #[default]
-    Stdio,
-    /// Through a queue in the sandbox that the host reads over HTTPS, as RLM's own Modal environment
-    /// does. It opens a tunnel, whose address is public and guarded by a token. The network is then not
-    /// `Blocked` but one without allowed addresses, because Modal has no tunnels to blocked sandboxes.
-    Broker {
-        /// Where the queue listens in the sandbox. RLM's port is 8080.
-        port: u16,
-    },
-}
-
 /// Environment variables that Modal puts into a sandbox.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Secret {
@@ -100,8 +84,6 @@ pub struct ModalOptions {
     pub secrets: Vec<Secret>,
     /// Tags of the sandboxes, beside those that Kaa gives them. Default: none.
     pub tags: Vec<(String, String)>,
-    /// How calls of language models get here. Default: over stdio.
-    pub carrier: Carrier,
     /// How long a connection that broke in the middle of a cell is tried again before the session is
     /// given up. Default: 2 min.
     pub patience: Duration,
@@ -125,7 +107,6 @@ impl Default for ModalOptions {
             network: Network::default(),
             secrets: Vec::new(),
             tags: Vec::new(),
-            carrier: Carrier::default(),
             patience: Duration::from_secs(120),
             user: 65_534,
             setup_code: None,
@@ -154,9 +135,6 @@ impl ModalOptions {
         if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&self.timeout) {
             let reason = format!("must be 10 s to 24 h, not {:?}", self.timeout);
             return Err(Error::invalid("modal.timeout", reason));
-        }
-        if self.carrier == (Carrier::Broker { port: 0 }) {
-            return Err(Error::invalid("modal.carrier", "a broker has a port from 1 to 65535"));
         }
         self.validate_lists()
     }
@@ -235,7 +213,6 @@ mod tests {
             ("modal.timeout", ModalOptions { timeout: Duration::from_secs(90_000), ..fine() }),
             ("modal.timeout", ModalOptions { timeout: Duration::ZERO, ..fine() }),
             ("modal.python", ModalOptions { python: String::new(), ..fine() }),
-            ("modal.carrier", ModalOptions { carrier: Carrier::Broker { port: 0 }, ..fine() }),
             ("modal.secrets", ModalOptions { secrets: vec![variable("1A")], ..fine() }),
             ("modal.secrets", ModalOptions { secrets: vec![variable("A=B")], ..fine() }),
             ("modal.tags", ModalOptions { tags: vec![("kaa-x".into(), String::new())], ..fine() }),

@@ -564,6 +564,7 @@ pub mod modal_client_client {
         missing_docs,
         clippy::wildcard_imports,
         clippy::let_unit_value,
+        reason = "generated",
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;

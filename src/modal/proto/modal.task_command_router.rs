@@ -247,6 +247,7 @@ pub mod task_command_router_client {
         missing_docs,
         clippy::wildcard_imports,
         clippy::let_unit_value,
+        reason = "generated",
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;

@@ -564,6 +564,7 @@ pub mod modal_client_server {
         missing_docs,
         clippy::wildcard_imports,
         clippy::let_unit_value,
+        reason = "generated",
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with ModalClientServer.

@@ -247,6 +247,7 @@ pub mod task_command_router_server {
         missing_docs,
         clippy::wildcard_imports,
         clippy::let_unit_value,
+        reason = "generated",
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with TaskCommandRouterServer.
