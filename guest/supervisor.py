@@ -127,7 +127,7 @@ class Supervisor:
         """Forks a worker. The agent is set up once, here, and every worker begins with a copy of it."""
         import kaa_agent.agent
         import kaa_agent.worker as worker
-        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
+        from kaa_agent.processes import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, prctl
 
         if self.agent is None:
             self.carrier = worker.Carrier()
@@ -152,11 +152,6 @@ class Supervisor:
                 os.close(descriptor)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            if is_demoted(self.settings):
-                demote(self.settings["user"])
-            # After it: a process that becomes another user's forgets both.
-            prctl(PR_SET_DUMPABLE, 1)
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
         for descriptor in (far, output[1], error[1]):
             os.close(descriptor)
@@ -441,24 +436,26 @@ def drain(descriptor):
 
 def make_scratch(settings):
     """The session's directory, where the host could not make it: its worker's, and nobody else's."""
+    if not is_demoted(settings):
+        settings["user"] = None
     try:
         os.mkdir(settings["scratch"], OPEN_MODE)
     except FileExistsError:
         return
-    if is_demoted(settings):
+    if settings["user"] is not None:
         os.chown(settings["scratch"], settings["user"], settings["user"])
 
 
-def demote(user):
-    """Makes this process another user's, for good."""
-    os.setgroups([])
-    os.setresgid(user, user, user)
-    os.setresuid(user, user, user)
-
-
 def is_demoted(settings):
-    """Whether the worker becomes another user than this process is."""
-    return settings.get("user") is not None and os.geteuid() == 0
+    """Whether the worker becomes another user than this process is: one who can read this Python's own files."""
+    if settings["user"] is None or os.geteuid() != 0:
+        return False
+    path = os.path.dirname(os.path.realpath(os.__file__))
+    while os.stat(path).st_mode & stat.S_IXOTH:
+        if path == "/":
+            return True
+        path = os.path.dirname(path)
+    return False
 
 
 def has_dill():

@@ -14,6 +14,7 @@ import signal
 import threading
 
 from . import saving
+from .processes import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 from .values import pack
 
 READ_BYTES = 1 << 16
@@ -322,10 +323,22 @@ def bound(settings):
         pass
 
 
+def demote(user):
+    """Makes this process another user's, for good."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
 def run(agent, carrier, channel, output, error, settings):
     """The life of a worker. Never returns."""
     try:
         os.setsid()
+        if settings["user"] is not None:
+            demote(settings["user"])
+        # After that: a process that becomes another user's forgets both.
+        prctl(PR_SET_DUMPABLE, 1)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         kept = keep(channel)
         os.close(channel)
         os.close(0)

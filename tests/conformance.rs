@@ -4,6 +4,8 @@
 
 #[path = "conformance/backends.rs"]
 mod backends;
+#[path = "common/modal.rs"]
+mod cloud;
 mod common;
 #[path = "common/docker.rs"]
 mod lab;

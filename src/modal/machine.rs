@@ -179,7 +179,14 @@ impl ModalLife {
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
-        self.process = Some(self.sandbox.start(command, patience).await?);
+        let python = command.arguments.first().cloned().unwrap_or_default();
+        let started = self.sandbox.start(command, patience).await;
+        self.process = Some(started.map_err(|error| match error {
+            Error::Unavailable { reason, .. } if reason.contains("executable file not found") => {
+                no_python(&format!("no `{python}`: {reason}"))
+            }
+            error => error,
+        })?);
         Ok(())
     }
 
@@ -208,6 +215,14 @@ impl ModalLife {
         };
         let _ = tokio::time::timeout(WORDS_TIME, read).await;
         super::fault::said(&String::from_utf8_lossy(&bytes[..length]))
+    }
+}
+
+fn no_python(found: &str) -> Error {
+    Error::Incompatible {
+        what: "the image of the Modal sandbox".into(),
+        expected: "Python 3.9 or newer (name another image or interpreter)".into(),
+        found: found.into(),
     }
 }
 
@@ -270,11 +285,9 @@ impl Life for ModalLife {
             None => None,
         };
         match exit {
-            Some(ProcessExit::Code(127 | 126)) => Error::Incompatible {
-                what: "the image of the Modal sandbox".into(),
-                expected: "Python 3.9 or newer (name another image or interpreter)".into(),
-                found: format!("none that could be started{words}"),
-            },
+            Some(ProcessExit::Code(127 | 126)) => {
+                no_python(&format!("none that could be started{words}"))
+            }
             Some(ProcessExit::Code(code)) => poisoned(format!(
                 "the session's process in the sandbox ended with exit code {code}{words}"
             )),

@@ -88,7 +88,8 @@ pub struct ModalOptions {
     /// given up. Default: 2 min.
     pub patience: Duration,
     /// Who runs the cells, as the number of a user; the supervisor stays what the image's user is.
-    /// Nothing changes where that isn't root. Default: 65534, nobody.
+    /// Nothing changes where that isn't root, or where others than root can't read the interpreter's
+    /// own files. Default: 65534, nobody.
     pub user: u32,
     /// Python that runs once when a session is opened, before its first cell. Default: none.
     pub setup_code: Option<String>,

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use kaa::conformance::Case;
 use kaa::docker::{DockerOptions, Pull};
+use kaa::modal::{ModalBackend, ModalConfig, ModalImage, ModalOptions};
 use kaa::{
     Backend, Capabilities, Environment, EnvironmentOptions, LocalBackend, LocalOptions, Result,
     WasmBackend,
@@ -14,6 +15,7 @@ use kaa::{
 
 use tokio::runtime::Runtime;
 
+use crate::cloud::{StandIn, StandInOptions};
 use crate::{common, lab, packages};
 
 /// What a machine has, or why it doesn't.
@@ -37,6 +39,9 @@ pub(crate) const ALL: &[Row] = &[
     Row { name: "local_dill", most: 4, find: local_dill, has: |case| case.needs("snapshot") },
     Row { name: "docker", most: 2, find: docker, has: |_| true },
     Row { name: "docker_dill", most: 2, find: docker_dill, has: |case| case.needs("snapshot") },
+    Row { name: "modal", most: 2, find: modal, has: |_| true },
+    Row { name: "modal_dill", most: 2, find: modal_dill, has: |case| case.needs("snapshot") },
+    Row { name: "modal_live", most: 4, find: modal_live, has: |_| true },
 ];
 
 pub(crate) fn wasm() -> Found<Shared> {
@@ -84,6 +89,41 @@ fn docker_dill() -> Found<Shared> {
         let options = DockerOptions { image, pull: Pull::Never, ..DockerOptions::default() };
         Ok(Arc::new(executor().block_on(lab::connect_to(options))?))
     })
+}
+
+/// Modal itself, on the account of whoever sets the variable.
+fn modal_live() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        std::env::var("MODAL_TOKEN_ID").map_err(|_| "MODAL_TOKEN_ID isn't set")?;
+        let config = ModalConfig::load(|name| std::env::var(name).ok());
+        let config = config.map_err(|error| error.to_string())?;
+        sandboxes(config, ModalImage::default().pip_install(["dill"]))
+    })
+}
+
+/// A stand-in of Modal.
+fn modal() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| stand_in_sandboxes(ModalImage::default()))
+}
+
+fn modal_dill() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| stand_in_sandboxes(ModalImage::default().pip_install(["dill"])))
+}
+
+fn stand_in_sandboxes(image: ModalImage) -> Result<Shared, String> {
+    static STAND_IN: OnceLock<StandIn> = OnceLock::new();
+    cpython().as_ref().map_err(Clone::clone)?;
+    let start = || executor().block_on(StandIn::start(StandInOptions::default()));
+    sandboxes(STAND_IN.get_or_init(start).config(), image)
+}
+
+fn sandboxes(config: ModalConfig, image: ModalImage) -> Result<Shared, String> {
+    let options = ModalOptions { image, ..ModalOptions::default() };
+    let backend = executor().block_on(ModalBackend::connect(config, options, &|_| {}));
+    Ok(Arc::new(backend.map_err(|error| error.to_string())?))
 }
 
 /// One for all: sessions and clients of engines leave work to it.
