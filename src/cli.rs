@@ -1,5 +1,5 @@
 //! The command line: flags as typed (the structs of clap), what they mean (`session::Plan`), and
-//! what is done (`run`, `repl`, `complete`, `image`, `snapshot`, `lm`, `doctor`).
+//! what is done (`run`, `repl`, `complete`, `image`, `snapshot`, `lm`, `modal`, `doctor`).
 //!
 //! Only this layer reads the process's environment, prints, and exits. It sees the library through
 //! its public API, as any other user.
@@ -18,6 +18,11 @@ mod doctor;
 mod flags;
 mod image;
 mod lm;
+#[cfg(feature = "modal")]
+mod modal;
+#[cfg(not(feature = "modal"))]
+#[path = "cli/without_modal.rs"]
+mod modal;
 mod models;
 mod progress;
 mod record;
@@ -47,8 +52,8 @@ Exit status, of the last cell:
   N    it ended itself with sys.exit(N); 134 when the guest aborted
   2    wrong usage: a flag, or a file that a flag names
   124  a limit stopped it: fuel, compute time or wall time
-  125  Kaa itself could not do its job, or a cell cost a local or docker session its state and there
-       were cells after it, which are not run then
+  125  Kaa itself could not do its job, or a cell cost a session that isn't wasm's its state and
+       there were cells after it, which are not run then
   130  Ctrl-C
 A cell may exit with these numbers too; `kaa run --json` tells them apart.
 
@@ -60,6 +65,12 @@ Environment:
              are named with --key-env.
   DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH
              where the Docker engine is, unless --docker-host says, and its certificates.
+  MODAL_TOKEN_ID, MODAL_TOKEN_SECRET
+             a token for Modal; without them ~/.modal.toml is read. MODAL_PROFILE, MODAL_CONFIG_PATH,
+             MODAL_ENVIRONMENT, MODAL_SERVER_URL, MODAL_IMAGE_BUILDER_VERSION and
+             MODAL_MAX_THROTTLE_WAIT mean what they mean to Modal's own clients.
+  KAA_MODAL_ROOTS
+             file of PEM certificates that are trusted at Modal beside the system's.
   PATH       where local sessions find programs: the only variable that they get unasked.
   http_proxy, https_proxy (also in capitals), no_proxy
              the way to models; never for this machine itself.
@@ -79,7 +90,8 @@ Exit status:
 ///
 /// The code sees no files, no network and no environment variables of this machine unless a flag
 /// gives them, and can spend only so much time, memory and output. With --backend docker it runs in a
-/// container instead; with --backend local it is not isolated.
+/// container instead, with --backend modal in a sandbox of Modal's cloud; with --backend local it is
+/// not isolated.
 #[derive(Debug, Parser)]
 #[command(name = "kaa", version, after_long_help = AFTER_HELP, subcommand_required = true)]
 struct Cli {
@@ -117,6 +129,9 @@ enum Command {
     /// Answer language model calls of others
     #[command(subcommand)]
     Lm(lm::LmCommand),
+    /// List and end the sandboxes that sessions have at Modal
+    #[command(subcommand)]
+    Modal(modal::ModalCommand),
     /// Say what works on this machine, and why the rest doesn't
     Doctor(Box<doctor::DoctorFlags>),
 }
@@ -183,6 +198,17 @@ const FIELDS: &[(&str, &str)] = &[
     ("docker.python", "--python"),
     ("docker.cpus", "--cpus"),
     ("docker.pids", "--pids"),
+    ("modal.image", "--modal-image"),
+    ("modal.build_timeout", "--modal-build-timeout"),
+    ("modal.app", "--modal-app"),
+    ("modal.timeout", "--modal-timeout"),
+    ("modal.network", "--modal-network"),
+    ("modal.secrets", "--modal-secret"),
+    ("modal.tags", "--modal-tag"),
+    ("modal.patience", "--modal-patience"),
+    ("modal.python", "--python"),
+    ("modal.cpu", "--cpus"),
+    ("policy.env", "--env"),
     ("setup_code", "--setup-code"),
 ];
 
@@ -201,6 +227,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Image(command) => image::run(command),
         Command::Snapshot(command) => snapshot::run(command),
         Command::Lm(command) => lm::run(command),
+        Command::Modal(command) => modal::run(command),
         Command::Doctor(flags) => doctor::run(*flags),
     };
     if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {

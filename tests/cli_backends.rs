@@ -75,6 +75,13 @@ impl Place {
         let directory = self.directory.path();
         // Empty: nothing that isn't in WebAssembly needs anything of it.
         command.current_dir(directory).env("KAA_CACHE", directory.join("cache")).arg(name);
+        // Nobody's account at Modal is used.
+        for (variable, _) in std::env::vars_os() {
+            if variable.to_string_lossy().starts_with("MODAL_") {
+                command.env_remove(variable);
+            }
+        }
+        command.env("MODAL_CONFIG_PATH", directory.join("no.toml"));
         if ["run", "repl", "complete"].contains(&name) && !rest.contains("--backend") {
             command.args(self.backend.split_whitespace());
         }
@@ -124,6 +131,7 @@ fn main() -> ExitCode {
         local("local_without_dill_says_so_first", without_dill),
         local("a_missing_interpreter_is_named", missing_interpreter),
         local("an_engine_that_is_not_there_is_named", missing_engine),
+        local("a_token_that_is_not_there_is_named", missing_token),
         local("the_table_of_the_readme_is_what_the_backends_say", readme_table),
         trial("dill", "local_snapshots", dill, |packages| {
             let packages = packages.display();
@@ -208,6 +216,20 @@ fn flags_are_refused() {
         ("docker", "--fixed-clock 5", "--fixed-clock", "take --backend wasm"),
         ("docker", "--image base", "--image", "--docker-image names"),
         ("docker", "--wheel a.py", "--wheel", "setting up wasm"),
+        ("docker", "--modal-pip dill", "--modal-pip", "add --backend modal"),
+        ("modal", "--fuel 5", "--fuel", "only wasm counts fuel"),
+        ("modal", "--seed 5", "--seed", "take --backend wasm"),
+        ("modal", "--fixed-clock 5", "--fixed-clock", "take --backend wasm"),
+        ("modal", "--image base", "--image", "--modal-image names"),
+        ("modal", "--wheel a.py", "--wheel", "setting up wasm"),
+        ("modal", "--mount .:/m", "--mount", "the files of this machine are not where"),
+        ("modal", "--docker-image a", "--docker-image", "add --backend docker"),
+        ("modal", "--pids 99", "--pids", "Modal has none of this kind"),
+        ("local", "--modal-image a", "--modal-image", "add --backend modal"),
+        ("local", "--modal-timeout 1h", "--modal-timeout", "add --backend modal"),
+        ("wasm", "--modal-network open", "--modal-network", "add --backend modal"),
+        ("wasm", "--modal-secret a", "--modal-secret", "add --backend modal"),
+        ("wasm", "--modal-tag a=b", "--modal-tag", "add --backend modal"),
         ("wasm", "--python python3", "--python", "part of the image"),
         ("wasm", "--setup-code a.py", "--setup-code", "kaa image build NAME --setup FILE"),
         ("wasm", "--docker-runtime runsc", "--docker-runtime", "add --backend docker"),
@@ -220,7 +242,14 @@ fn flags_are_refused() {
         }
     }
     for (words, part) in [
-        ("run --backend modal", "invalid value 'modal' for '--backend <BACKEND>'"),
+        ("run --backend cloud", "invalid value 'cloud' for '--backend <BACKEND>'"),
+        ("run --backend modal --cpus 0", "--cpus: must be 0.125 to 64"),
+        ("run --backend modal --modal-app a/b", "--modal-app: \"a/b\" isn't"),
+        ("run --backend modal --modal-timeout 1s", "--modal-timeout: must be 10 s to 24 h"),
+        ("run --backend modal --modal-tag kaa-x=1", "--modal-tag: \"kaa-x\" is empty or one of"),
+        ("run --backend modal --modal-tag a", "write NAME=VALUE"),
+        ("run --backend modal --modal-network none", "\"none\" is no address; write blocked, open"),
+        ("run --backend modal --modal-secret env:KAA_NONE", "--modal-secret: there is no variable"),
         ("run --backend local --setup-code none.py", "--setup-code: reading none.py: "),
         (
             "run --backend docker --docker-host ssh://me@engine",
@@ -394,9 +423,9 @@ fn without_dill() {
             "run --backend wasm --snapshot-in state",
             &["1"],
             2,
-            &["--snapshot-in: it is of a local or docker session; add --backend local"],
+            &["--snapshot-in: it is of a session that isn't wasm's; add --backend local"],
         ),
-        fails("snapshot inspect state", &[], 2, &["state: it is of a local or docker session"]),
+        fails("snapshot inspect state", &[], 2, &["state: it is of a session that isn't wasm's"]),
     ]);
     assert!(!place.directory.path().join("s").exists());
 }
@@ -477,6 +506,31 @@ fn missing_engine() {
     );
 }
 
+fn missing_token() {
+    let place = Place::new("");
+    let path = place.directory.path().join("no.toml");
+    let why = format!("there is no file {}", path.display());
+    let parts: &[&str] = &[
+        "Modal is not available: there is no token: MODAL_TOKEN_ID and MODAL_TOKEN_SECRET are not set",
+        &why,
+        "make one with `modal token new`",
+    ];
+    for words in ["run -c 1 --backend modal", "modal list", "modal clean"] {
+        place.check(&[fails(words, &[], 125, parts)]);
+    }
+    let secret = place.run("run --backend modal --modal-secret KEY=hunter2", &["1"], "");
+    let stderr = text(&secret.stderr);
+    assert_eq!(secret.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("write env:NAME") && !stderr.contains("hunter2"), "{stderr}");
+    let stdout = text(&place.run("doctor", &[], "").stdout);
+    assert!(stdout.contains("missing  modal token     Modal is not available: "), "{stdout}");
+    assert!(stdout.contains("missing  backend modal   see above"), "{stdout}");
+    assert!(
+        stdout.contains("can      modal           yes       no    no        with dill"),
+        "{stdout}"
+    );
+}
+
 /// The table of capabilities in the README against the one that the doctor prints.
 fn readme_table() {
     let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
@@ -496,7 +550,7 @@ fn readme_table() {
             row.replace("with dill", "with-dill").split_whitespace().map(str::to_owned).collect()
         })
         .collect();
-    assert_eq!(backends.len(), 3, "{stdout}");
+    assert_eq!(backends.len(), 4, "{stdout}");
     for (at, head) in heads.iter().enumerate() {
         let begin = format!("| `{head}` |");
         let line = readme.lines().find(|line| line.starts_with(&begin));
@@ -507,7 +561,7 @@ fn readme_table() {
             other => other.replace('-', " "),
         });
         let expected: Vec<String> = [(*head).to_owned()].into_iter().chain(said).collect();
-        assert_eq!(cells(line)[..4], expected, "{line}");
+        assert_eq!(cells(line)[..5], expected, "{line}");
     }
 }
 

@@ -8,6 +8,7 @@ use kaa::LocalOptions;
 use super::Failure;
 use super::docker::{DockerFlags, DockerPlan};
 use super::flags::read_text;
+use super::modal::{ModalFlags, ModalPlan};
 
 /// A larger source is not one that anybody wrote.
 const SETUP_BYTES_MAX: u64 = 64 << 20;
@@ -21,6 +22,8 @@ pub(super) enum Kind {
     Local,
     /// A container of a Docker engine
     Docker,
+    /// A sandbox in Modal's cloud, at the cost of your account there
+    Modal,
 }
 
 impl Kind {
@@ -29,6 +32,7 @@ impl Kind {
             Self::Wasm => "wasm",
             Self::Local => "local",
             Self::Docker => "docker",
+            Self::Modal => "modal",
         }
     }
 }
@@ -40,15 +44,21 @@ pub(super) struct BackendFlags {
     /// Where cells run
     #[arg(long, value_enum, default_value = "wasm")]
     backend: Kind,
-    /// Interpreter of a local or docker session, 3.9 or newer: a path, or a name on the PATH
+    /// Interpreter of a session that isn't wasm's, 3.9 or newer: a path, or a name on the PATH
     /// [default: python3]
     #[arg(long, value_name = "PROGRAM")]
     python: Option<String>,
-    /// File of Python that a local or docker session runs before anything else
+    /// File of Python that a session runs before anything else, if it isn't wasm's
     #[arg(long, value_name = "FILE")]
     setup_code: Option<PathBuf>,
+    /// Processors that a container or a sandbox of Modal may use at a time, such as 0.5 or 2
+    /// [default: 1]
+    #[arg(long, value_name = "NUMBER")]
+    cpus: Option<f64>,
     #[command(flatten)]
     docker: DockerFlags,
+    #[command(flatten)]
+    modal: ModalFlags,
 }
 
 /// Where cells run, as it is meant.
@@ -57,6 +67,7 @@ pub(super) enum Place {
     Wasm { image: String, wheel: Option<PathBuf> },
     Local(LocalOptions),
     Docker(DockerPlan),
+    Modal(ModalPlan),
 }
 
 impl BackendFlags {
@@ -66,10 +77,13 @@ impl BackendFlags {
 
     /// Refuses flags that mean nothing on the backend, the given ones of a session among them.
     pub(super) fn check(&self, session: &[(&'static str, bool)]) -> Result<(), Failure> {
-        let own =
-            [("--python", self.python.is_some()), ("--setup-code", self.setup_code.is_some())];
-        let docker = self.docker.given();
-        let all = own.iter().chain(session).chain(&docker);
+        let own = [
+            ("--python", self.python.is_some()),
+            ("--setup-code", self.setup_code.is_some()),
+            ("--cpus", self.cpus.is_some()),
+        ];
+        let (docker, modal) = (self.docker.given(), self.modal.given());
+        let all = own.iter().chain(session).chain(&docker).chain(&modal);
         for (flag, _) in all.filter(|(_, is_given)| *is_given) {
             if let Some(reason) = refusal(self.backend, flag) {
                 let backend = self.backend.name();
@@ -87,10 +101,12 @@ impl BackendFlags {
         wheel: Option<PathBuf>,
     ) -> Result<Place, Failure> {
         let setup_code = self.setup_code.as_deref().map(setup_code).transpose()?;
+        let (python, cpus) = (self.python, self.cpus);
         Ok(match self.backend {
             Kind::Wasm => Place::Wasm { image: image.unwrap_or_else(|| "base".into()), wheel },
-            Kind::Local => Place::Local(local_options(self.python, setup_code)),
-            Kind::Docker => Place::Docker(self.docker.resolve(self.python, setup_code)?),
+            Kind::Local => Place::Local(local_options(python, setup_code)),
+            Kind::Docker => Place::Docker(self.docker.resolve(python, setup_code, cpus)?),
+            Kind::Modal => Place::Modal(self.modal.resolve(python, setup_code, cpus)?),
         })
     }
 }
@@ -116,12 +132,12 @@ fn setup_code(path: &Path) -> Result<String, Failure> {
 
 /// Why a flag means nothing on a backend, with what helps.
 fn refusal(backend: Kind, flag: &str) -> Option<&'static str> {
-    use Kind::{Docker, Local, Wasm};
+    use Kind::{Docker, Local, Modal, Wasm};
     Some(match (flag, backend) {
-        ("--fuel", Local | Docker) => {
+        ("--fuel", Local | Docker | Modal) => {
             "only wasm counts fuel; --compute limits the processor time of a cell"
         }
-        ("--seed" | "--fixed-clock", Local | Docker) => {
+        ("--seed" | "--fixed-clock", Local | Docker | Modal) => {
             "only wasm makes a session reproducible; leave it out, or take --backend wasm"
         }
         ("--image", Local) => {
@@ -130,23 +146,32 @@ fn refusal(backend: Kind, flag: &str) -> Option<&'static str> {
         ("--image", Docker) => {
             "images of `kaa image` are wasm's; --docker-image names the container's"
         }
-        ("--wheel", Local | Docker) => "it is for setting up wasm; leave it out",
+        ("--image", Modal) => "images of `kaa image` are wasm's; --modal-image names the sandbox's",
+        ("--wheel", Local | Docker | Modal) => "it is for setting up wasm; leave it out",
         ("--mount", Local) => {
             "nothing keeps cells from your files; they open them by their own paths. Take \
              --backend docker or wasm to give them a directory and no other"
+        }
+        ("--mount", Modal) => {
+            "the files of this machine are not where the sandbox is; hand texts in with --context or \
+             --var, and put files into the image"
         }
         ("--python", Wasm) => "its Python is part of the image; leave it out",
         ("--setup-code", Wasm) => {
             "an image is made with it, once: `kaa image build NAME --setup FILE`, and then --image NAME"
         }
-        (flag, Wasm | Local) if flag.starts_with("--docker-") => {
+        (flag, Wasm | Local | Modal) if flag.starts_with("--docker-") => {
             "it says how containers are made; add --backend docker, or leave it out"
         }
+        (flag, Wasm | Local | Docker) if flag.starts_with("--modal-") => {
+            "it says how sandboxes of Modal are made; add --backend modal, or leave it out"
+        }
         ("--cpus", Wasm | Local) => {
-            "it is a limit of containers; --compute limits the processor time of a cell"
+            "it is a limit of containers and sandboxes; --compute limits the processor time of a cell"
         }
         ("--pids", Wasm) => "its sessions have no processes and no threads; leave it out",
         ("--pids", Local) => "it is a limit of containers; `ulimit -u` limits your processes",
+        ("--pids", Modal) => "it is a limit of containers; Modal has none of this kind",
         _ => return None,
     })
 }
@@ -158,17 +183,18 @@ mod tests {
     #[test]
     fn flags_are_refused_where_they_mean_nothing() {
         for (flag, refusers) in [
-            ("--fuel", &[Kind::Local, Kind::Docker][..]),
-            ("--seed", &[Kind::Local, Kind::Docker]),
-            ("--fixed-clock", &[Kind::Local, Kind::Docker]),
-            ("--image", &[Kind::Local, Kind::Docker]),
-            ("--wheel", &[Kind::Local, Kind::Docker]),
-            ("--mount", &[Kind::Local]),
+            ("--fuel", &[Kind::Local, Kind::Docker, Kind::Modal][..]),
+            ("--seed", &[Kind::Local, Kind::Docker, Kind::Modal]),
+            ("--fixed-clock", &[Kind::Local, Kind::Docker, Kind::Modal]),
+            ("--image", &[Kind::Local, Kind::Docker, Kind::Modal]),
+            ("--wheel", &[Kind::Local, Kind::Docker, Kind::Modal]),
+            ("--mount", &[Kind::Local, Kind::Modal]),
             ("--python", &[Kind::Wasm]),
             ("--setup-code", &[Kind::Wasm]),
-            ("--docker-image", &[Kind::Wasm, Kind::Local]),
+            ("--docker-image", &[Kind::Wasm, Kind::Local, Kind::Modal]),
+            ("--modal-image", &[Kind::Wasm, Kind::Local, Kind::Docker]),
             ("--cpus", &[Kind::Wasm, Kind::Local]),
-            ("--pids", &[Kind::Wasm, Kind::Local]),
+            ("--pids", &[Kind::Wasm, Kind::Local, Kind::Modal]),
         ] {
             for kind in Kind::value_variants() {
                 assert_eq!(

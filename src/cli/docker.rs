@@ -51,9 +51,6 @@ pub(super) struct DockerFlags {
     /// systems can't
     #[arg(long)]
     docker_allow_missing_limits: bool,
-    /// Processors that a container may use at a time, such as 0.5 or 2 [default: 1]
-    #[arg(long, value_name = "NUMBER")]
-    cpus: Option<f64>,
     /// Processes and threads that a container may have at a time, at least 16 [default: 128]
     #[arg(long, value_name = "NUMBER")]
     pids: Option<u32>,
@@ -83,7 +80,6 @@ impl DockerFlags {
             docker_pull,
             docker_pull_timeout,
             docker_allow_missing_limits,
-            cpus,
             pids,
         } = self;
         vec![
@@ -95,7 +91,6 @@ impl DockerFlags {
             ("--docker-pull", docker_pull.is_some()),
             ("--docker-pull-timeout", docker_pull_timeout.is_some()),
             ("--docker-allow-missing-limits", *docker_allow_missing_limits),
-            ("--cpus", cpus.is_some()),
             ("--pids", pids.is_some()),
         ]
     }
@@ -105,6 +100,7 @@ impl DockerFlags {
         self,
         python: Option<String>,
         setup_code: Option<String>,
+        cpus: Option<f64>,
     ) -> Result<DockerPlan, Failure> {
         let defaults = DockerOptions::default();
         let options = DockerOptions {
@@ -121,7 +117,7 @@ impl DockerFlags {
                 Some(name) => Network::Named(name.to_owned()),
             },
             runtime: self.docker_runtime,
-            cpus: self.cpus.unwrap_or(defaults.cpus),
+            cpus: cpus.unwrap_or(defaults.cpus),
             pids: self.pids.unwrap_or(defaults.pids),
             user: self.docker_user.unwrap_or(defaults.user),
             setup_code,
@@ -180,7 +176,7 @@ pub(super) fn examine(
     flags: DockerFlags,
     python: Option<String>,
 ) -> Result<Option<bool>, Failure> {
-    let plan = match flags.resolve(python, None) {
+    let plan = match flags.resolve(python, None, None) {
         // There is no engine.
         Err(Failure::Failed(reason)) => {
             doctor.say(Finding::Missing, "docker engine", &reason)?;

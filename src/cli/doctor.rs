@@ -13,6 +13,7 @@ use kaa::{EnvironmentExt, EnvironmentOptions, Runtime, Store};
 
 use super::console::Console;
 use super::docker::{self, DockerFlags};
+use super::modal::{self, ModalFlags};
 use super::units::{Size, megabytes};
 use super::{Ending, Failure, session};
 
@@ -28,11 +29,17 @@ const COMPILE_BYTES: u64 = 3 << 30;
 /// What is looked at beside the machine.
 #[derive(Debug, Args)]
 pub(super) struct DoctorFlags {
-    /// Interpreter of local sessions, and of containers [default: python3]
+    /// Interpreter of local sessions, and of containers and sandboxes [default: python3]
     #[arg(long, value_name = "PROGRAM")]
     python: Option<String>,
     #[command(flatten)]
     docker: DockerFlags,
+    #[command(flatten)]
+    modal: ModalFlags,
+    /// Opens a session in a sandbox of Modal too, which costs some of the account's money; without it
+    /// Modal is only asked whether it takes the token
+    #[arg(long, help_heading = "Modal")]
+    modal_sandbox: bool,
 }
 
 /// How something is.
@@ -64,9 +71,10 @@ pub(super) fn run(flags: DoctorFlags) -> Result<Ending, Failure> {
     doctor.python(ready)?;
     doctor.free_space(&path, ready)?;
     let local = doctor.local(flags.python.clone())?;
-    let docker = docker::examine(&doctor, flags.docker, flags.python)?;
-    doctor.backends(ready, local, docker)?;
-    doctor.table(local, docker)?;
+    let docker = docker::examine(&doctor, flags.docker, flags.python.clone())?;
+    let modal = modal::examine(&doctor, flags.modal, flags.python, flags.modal_sandbox)?;
+    doctor.backends(ready, local, docker, modal)?;
+    doctor.table(local, docker, modal)?;
     Ok(if doctor.unusable { Ending::Unusable } else { Ending::Done })
 }
 

@@ -9,10 +9,18 @@ use kaa::Progress;
 use super::console::Console;
 use super::units::megabytes;
 
-/// Shows what [`kaa::Runtime`] reports.
+/// Shows what [`kaa::Runtime`] and backends report.
 pub(super) struct Display {
     console: Console,
-    open: Mutex<Option<(&'static str, Option<ProgressBar>)>>,
+    open: Mutex<Option<Open>>,
+}
+
+/// A step that isn't over.
+struct Open {
+    step: &'static str,
+    bar: Option<ProgressBar>,
+    /// Whether its line is complete, because lines of its log came after it.
+    has_log: bool,
 }
 
 impl Display {
@@ -32,21 +40,37 @@ impl Display {
                 if bar.is_none() {
                     self.console.err(format!("kaa: {step} … ").as_bytes());
                 }
-                *open = Some((step, bar));
+                *open = Some(Open { step, bar, has_log: false });
             }
             Progress::Advance { bytes } => {
-                if let Some((step, Some(bar))) = &*open {
+                if let Some(Open { step, bar: Some(bar), .. }) = &*open {
                     bar.set_position(bytes);
                     if bar.length().is_none() {
                         bar.set_message(format!("{step} {}", megabytes(bytes)));
                     }
                 }
             }
+            Progress::Log { line } => {
+                let text = format!("     {line}\n");
+                match &mut *open {
+                    Some(Open { bar: Some(bar), .. }) => {
+                        bar.suspend(|| self.console.err(text.as_bytes()));
+                    }
+                    Some(Open { has_log, .. }) => {
+                        let begin = if std::mem::replace(has_log, true) { "" } else { "\n" };
+                        self.console.err(format!("{begin}{text}").as_bytes());
+                    }
+                    None => self.console.err(text.as_bytes()),
+                }
+            }
             Progress::End { detail, elapsed } => {
                 let line = format!("{detail} ({:.1} s)\n", elapsed.as_secs_f64());
                 match open.take() {
-                    Some((step, Some(bar))) => {
+                    Some(Open { step, bar: Some(bar), .. }) => {
                         bar.finish_and_clear();
+                        self.console.err(format!("kaa: {step} … {line}").as_bytes());
+                    }
+                    Some(Open { step, has_log: true, .. }) => {
                         self.console.err(format!("kaa: {step} … {line}").as_bytes());
                     }
                     _ => self.console.err(line.as_bytes()),
@@ -61,9 +85,9 @@ impl Display {
 impl Drop for Display {
     fn drop(&mut self) {
         match self.open.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
-            Some((_, Some(bar))) => bar.finish_and_clear(),
-            Some((_, None)) => self.console.err(b"\n"),
-            None => {}
+            Some(Open { bar: Some(bar), .. }) => bar.finish_and_clear(),
+            Some(Open { has_log: false, .. }) => self.console.err(b"\n"),
+            _ => {}
         }
     }
 }

@@ -24,7 +24,8 @@ const PICKLE: u8 = 0x80;
 const NOT_ISOLATED: &str = "local sessions are not isolated: their code can do whatever you can, \
                             with your files, your processes and your network";
 const DILL_HELP: &str = "install it there, as by `python3 -m pip install dill`, or name a Python that \
-                         has it with --python, or an image with --docker-image";
+                         has it with --python, or an image with --docker-image; in a sandbox of \
+                         Modal, --modal-pip dill";
 
 /// A session as it is meant: everything is read and checked.
 #[derive(Debug)]
@@ -200,6 +201,9 @@ pub(super) fn prepare(
         Place::Docker(docker) => {
             Source::Processes(reactor.block_on(docker.connect(&|report| display.show(report)))?)
         }
+        Place::Modal(modal) => {
+            Source::Processes(reactor.block_on(modal.connect(&|report| display.show(report)))?)
+        }
     };
     drop(display);
     let mut base = Base { source, snapshot: None };
@@ -216,7 +220,7 @@ fn wasm_image(
     display: &Display,
 ) -> Result<Image, Failure> {
     if plan.snapshot_in.as_deref().is_some_and(is_pickle) {
-        let reason = "it is of a local or docker session; add --backend local or --backend docker";
+        let reason = "it is of a session that isn't wasm's; add --backend local, docker or modal";
         return Err(Failure::usage("--snapshot-in", reason));
     }
     let header = plan.snapshot_in.as_ref().map(inspect_snapshot).transpose().map_err(refused)?;

@@ -34,7 +34,7 @@ pub(super) fn run(command: SnapshotCommand) -> Result<Ending, Failure> {
     let SnapshotCommand::Inspect(InspectFlags { file, json }) = command;
     let console = Console::new(false);
     if is_pickle(&file) {
-        let reason = "it is of a local or docker session, a pickle of dill; what is in it only shows \
+        let reason = "it is of a session that isn't wasm's, a pickle of dill; what is in it only shows \
                       when a session runs it, with --snapshot-in";
         return Err(Failure::usage(&file.display().to_string(), reason));
     }

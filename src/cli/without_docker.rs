@@ -31,6 +31,7 @@ impl DockerFlags {
         self,
         _python: Option<String>,
         _setup_code: Option<String>,
+        _cpus: Option<f64>,
     ) -> Result<DockerPlan, Failure> {
         Err(Failure::usage("--backend", ABSENT))
     }

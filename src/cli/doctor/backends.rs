@@ -10,8 +10,7 @@ use super::{Doctor, Finding};
 use crate::cli::Failure;
 use crate::cli::backend::local_options;
 use crate::cli::console::excerpt;
-use crate::cli::docker;
-use crate::cli::session;
+use crate::cli::{docker, modal, session};
 
 /// Says which Python it is, on one line.
 const WHO: &str =
@@ -22,6 +21,15 @@ pub(in crate::cli) struct Probe {
     python: String,
     milliseconds: f64,
     dill: bool,
+}
+
+/// What is known of a backend elsewhere.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::cli) struct Remote {
+    /// Whether it takes who asks.
+    pub(in crate::cli) is_reached: bool,
+    /// Whether sessions can be saved, if one was opened.
+    pub(in crate::cli) saves: Option<bool>,
 }
 
 /// Opens a session, asks it who it is, and ends it.
@@ -80,6 +88,7 @@ impl Doctor {
         ready: bool,
         local: Option<bool>,
         docker: Option<bool>,
+        modal: Remote,
     ) -> Result<(), Failure> {
         match (self.unusable, ready) {
             (true, _) => self.say(Finding::Missing, "backend wasm", "see above")?,
@@ -96,19 +105,35 @@ impl Doctor {
             Some(_) => self.say(Finding::Ok, "backend docker", "ready")?,
             None => self.say(Finding::Missing, "backend docker", "see above")?,
         }
-        self.say(Finding::Missing, "backend modal", "not in this version")
+        match (modal.is_reached, modal.saves) {
+            (true, Some(_)) => self.say(Finding::Ok, "backend modal", "ready"),
+            (true, None) => {
+                let text = "reached; no sandbox was made, which costs money: --modal-sandbox does";
+                self.say(Finding::Ok, "backend modal", text)
+            }
+            (false, _) => self.say(Finding::Missing, "backend modal", "see above"),
+        }
     }
 
     /// What the backends can do.
-    pub(super) fn table(&self, local: Option<bool>, docker: Option<bool>) -> Result<(), Failure> {
+    pub(super) fn table(
+        &self,
+        local: Option<bool>,
+        docker: Option<bool>,
+        modal: Remote,
+    ) -> Result<(), Failure> {
         let heads = ["isolated", "fuel", "rollback", "snapshot", "deterministic"];
         self.row("", &heads)?;
         self.capabilities(&WasmBackend::CAPABILITIES, Some(true))?;
         self.capabilities(&LocalBackend::CAPABILITIES, local)?;
-        match docker::CAPABILITIES {
-            Some(capabilities) => self.capabilities(&capabilities, docker),
-            None => Ok(()),
+        for (capabilities, saves) in
+            [(docker::CAPABILITIES, docker), (modal::CAPABILITIES, modal.saves)]
+        {
+            if let Some(capabilities) = capabilities {
+                self.capabilities(&capabilities, saves)?;
+            }
         }
+        Ok(())
     }
 
     /// `saves` is what a session said, if there was one.
