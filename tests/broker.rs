@@ -3,12 +3,19 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
+use kaa::Error;
+use kaa::broker::{Broker, BrokerOptions, SCRIPT};
+use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest, Secret};
 use serde_json::{Value as Json, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const SCRIPT: &str = include_str!("../guest/broker.py");
 const HOST: &str = "host-token-0123456789";
 const GUEST: &str = "guest-token-0123456789";
 
@@ -280,4 +287,219 @@ fn bad_settings_are_named() {
         assert!(line["error"].as_str().is_some_and(|text| text.contains(said)), "{line}");
         assert_eq!(process.wait().unwrap().code(), Some(1), "{more}");
     }
+}
+
+// The host's side, against the same broker.
+
+/// Echoes what it is asked, once `most` calls are under way together; it counts them.
+struct Together {
+    most: usize,
+    calls: AtomicUsize,
+    barrier: tokio::sync::Barrier,
+}
+
+impl Together {
+    fn new(most: usize) -> Arc<Self> {
+        let barrier = tokio::sync::Barrier::new(most);
+        Arc::new(Self { most, calls: AtomicUsize::new(0), barrier })
+    }
+}
+
+#[async_trait]
+impl LmHandler for Together {
+    async fn complete(&self, request: &LmRequest) -> Result<LmCompletion, LmError> {
+        self.calls.fetch_add(1, SeqCst);
+        if self.most > 1 {
+            self.barrier.wait().await;
+        }
+        match &*request.prompt.to_text() {
+            "fail" => Err(LmError::new("no such luck")),
+            "panic" => panic!("asked to"),
+            text => {
+                let model = request.model.as_deref().unwrap_or("none");
+                let response = format!("{text} {model} {}", request.depth);
+                Ok(LmCompletion { response, ..LmCompletion::default() })
+            }
+        }
+    }
+}
+
+async fn connect(port: u16, gone_after: Duration) -> Broker {
+    let url = format!("http://127.0.0.1:{port}");
+    let options = BrokerOptions { gone_after, ..BrokerOptions::default() };
+    Broker::connect(&url, Secret::new(HOST), options).await.unwrap()
+}
+
+async fn joined(guest: thread::JoinHandle<(u16, Json)>) -> (u16, Json) {
+    tokio::task::spawn_blocking(|| guest.join().unwrap()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_host_answers_in_rlm_s_form() {
+    let broker = Running::start(&json!({}));
+    let host = connect(broker.port, Duration::from_secs(5)).await;
+    let handler = Together::new(1);
+    let serving = tokio::spawn(async move { host.serve(handler).await });
+    let long = "x".repeat(1 << 20);
+    for (request, expected) in [
+        (
+            json!({"type": "single", "prompt": "hi", "model": "m", "depth": 1}),
+            json!({"response": "hi m 1"}),
+        ),
+        (
+            json!({"type": "single", "prompt": long, "model": null, "depth": 2}),
+            json!({"response": format!("{long} none 2")}),
+        ),
+        (json!({"type": "single", "prompt": "fail"}), json!({"error": "no such luck"})),
+        (
+            json!({"type": "single", "prompt": "panic"}),
+            json!({"error": "the host's handler panicked"}),
+        ),
+        (
+            json!({"type": "batched", "prompts": ["a", "fail"], "model": "m", "depth": 1}),
+            json!({"responses": ["a m 1", "Error: llm() call failed - no such luck"]}),
+        ),
+        (json!({"type": "batched", "prompts": []}), json!({"responses": []})),
+        (json!({"type": "other"}), json!({"error": "Unknown request type"})),
+        (json!({"type": "single"}), json!({"error": "Missing 'prompt' or 'prompts' in request."})),
+    ] {
+        assert_eq!(joined(broker.enqueue(request)).await, (200, expected));
+    }
+    assert!(!serving.is_finished());
+    serving.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_are_under_way_together() {
+    let broker = Running::start(&json!({}));
+    let host = connect(broker.port, Duration::from_secs(5)).await;
+    // None of them is answered before all four are there.
+    let handler = Together::new(4);
+    let calls = Arc::clone(&handler);
+    let serving = tokio::spawn(async move { host.serve(handler).await });
+    let guests: Vec<_> = (0..4)
+        .map(|n| broker.enqueue(json!({"type": "single", "prompt": format!("{n}"), "depth": 1})))
+        .collect();
+    for (n, guest) in guests.into_iter().enumerate() {
+        assert_eq!(joined(guest).await, (200, json!({"response": format!("{n} none 1")})));
+    }
+    assert_eq!(calls.calls.load(SeqCst), 4);
+    serving.abort();
+}
+
+/// Passes requests on, and drops the first answer to each path that `lost` names.
+async fn relay(port: u16, lost: &'static [&'static str]) -> (u16, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().port();
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&dropped);
+    let left = Arc::new(Mutex::new(lost.to_vec()));
+    tokio::spawn(async move {
+        loop {
+            let (mut near, _) = listener.accept().await.unwrap();
+            let (left, count) = (Arc::clone(&left), Arc::clone(&count));
+            tokio::spawn(async move {
+                let mut far = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                let (mut up, mut down) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+                let mut asked = String::new();
+                loop {
+                    tokio::select! {
+                        size = near.read(&mut up) => {
+                            let Ok(size @ 1..) = size else { return };
+                            asked += &String::from_utf8_lossy(&up[..size]);
+                            far.write_all(&up[..size]).await.unwrap();
+                        }
+                        size = far.read(&mut down) => {
+                            let Ok(size @ 1..) = size else { return };
+                            let text = String::from_utf8_lossy(&down[..size]).into_owned();
+                            // A poll without items may be lost unseen; what counts is one with them.
+                            let is_lost = |path: &&str| {
+                                asked.contains(*path)
+                                    && (*path != "/pending" || text.contains("\"request\""))
+                            };
+                            let found = {
+                                let mut left = left.lock().unwrap();
+                                let at = left.iter().position(is_lost);
+                                at.map(|at| left.remove(at))
+                            };
+                            if found.is_some() {
+                                count.fetch_add(1, SeqCst);
+                                return;
+                            }
+                            asked.clear();
+                            near.write_all(&down[..size]).await.unwrap();
+                        }
+                    }
+                }
+            });
+        }
+    });
+    (address, dropped)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_on_the_way_is_sent_again_and_asked_once() {
+    let broker = Running::start(&json!({}));
+    let (port, dropped) = relay(broker.port, &["/pending", "/respond"]).await;
+    let host = connect(port, Duration::from_secs(20)).await;
+    let handler = Together::new(1);
+    let calls = Arc::clone(&handler);
+    let serving = tokio::spawn(async move { host.serve(handler).await });
+    let guest = broker.enqueue(json!({"type": "single", "prompt": "hi", "depth": 1}));
+    assert_eq!(joined(guest).await, (200, json!({"response": "hi none 1"})));
+    let until = Instant::now() + Duration::from_secs(10);
+    while dropped.load(SeqCst) < 2 && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(dropped.load(SeqCst), 2);
+    let guest = broker.enqueue(json!({"type": "single", "prompt": "ho", "depth": 1}));
+    assert_eq!(joined(guest).await, (200, json!({"response": "ho none 1"})));
+    assert_eq!(calls.calls.load(SeqCst), 2);
+    serving.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_takes_over_answers_what_is_left() {
+    let broker = Running::start(&json!({}));
+    let host = connect(broker.port, Duration::from_secs(5)).await;
+    let stuck = Together::new(2);
+    let calls = Arc::clone(&stuck);
+    let serving = tokio::spawn(async move { host.serve(stuck).await });
+    let guest = broker.enqueue(json!({"type": "single", "prompt": "hi", "depth": 1}));
+    while calls.calls.load(SeqCst) == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
+    let host = connect(broker.port, Duration::from_secs(5)).await;
+    let serving = tokio::spawn(async move { host.serve(Together::new(1)).await });
+    assert_eq!(joined(guest).await, (200, json!({"response": "hi none 1"})));
+    serving.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_gone_or_refuses_ends_serving() {
+    let broker = Running::start(&json!({}));
+    let port = broker.port;
+    let wrong = Broker::connect(
+        &format!("http://127.0.0.1:{port}"),
+        Secret::new(GUEST),
+        BrokerOptions::default(),
+    );
+    let error = wrong.await.unwrap().serve(Together::new(1)).await;
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    assert!(!error.to_string().contains(GUEST), "{error}");
+
+    let host = connect(port, Duration::from_secs(1)).await;
+    let serving = tokio::spawn(async move { host.serve(Together::new(1)).await });
+    drop(broker);
+    let error = serving.await.unwrap();
+    assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    assert!(error.to_string().contains("out of reach for 1s"), "{error}");
+
+    let options =
+        BrokerOptions { ready_timeout: Duration::from_millis(300), ..BrokerOptions::default() };
+    let url = format!("http://127.0.0.1:{port}");
+    let error = Broker::connect(&url, Secret::new(HOST), options).await.unwrap_err();
+    assert!(error.to_string().contains("wasn't there within 300ms"), "{error}");
 }
