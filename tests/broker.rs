@@ -481,11 +481,8 @@ async fn a_host_that_takes_over_answers_what_is_left() {
 async fn a_broker_that_is_gone_or_refuses_ends_serving() {
     let broker = Running::start(&json!({}));
     let port = broker.port;
-    let wrong = Broker::connect(
-        &format!("http://127.0.0.1:{port}"),
-        Secret::new(GUEST),
-        BrokerOptions::default(),
-    );
+    let url = format!("http://127.0.0.1:{port}");
+    let wrong = Broker::connect(&url, Secret::new(GUEST), BrokerOptions::default());
     let error = wrong.await.unwrap().serve(Together::new(1)).await;
     assert!(matches!(error, Error::Invalid { .. }), "{error}");
     assert!(!error.to_string().contains(GUEST), "{error}");

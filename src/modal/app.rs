@@ -9,7 +9,7 @@ use tonic::Code;
 use super::client::{Extra, ModalClient};
 use super::fault::{Fault, said};
 use super::image::{Base, ModalImage};
-use super::options::Secret;
+use super::options::{self, Secret};
 use super::proto::client as wire;
 use super::proto::client::generic_result::GenericStatus;
 use crate::error::{Error, Result};
@@ -79,6 +79,28 @@ impl ModalClient {
         let builder = self.config().image_builder_version.clone().or(theirs);
         let builder = builder.filter(|version| !version.is_empty());
         Ok(App { id: app.app_id, builder: builder.unwrap_or_else(|| BUILDER.into()) })
+    }
+
+    /// The id of an app, if there is one of this name.
+    ///
+    /// # Errors
+    ///
+    /// As every call.
+    pub(super) async fn find_app(&self, name: &str) -> Result<Option<String>> {
+        options::check_app(name)?;
+        let message = wire::AppGetOrCreateRequest {
+            app_name: name.into(),
+            environment_name: self.config().environment.clone(),
+            object_creation_type: wire::ObjectCreationType::Unspecified.into(),
+        };
+        let app = self.call(message, Extra::default(), |mut stub, request| async move {
+            stub.app_get_or_create(request).await
+        });
+        match app.await {
+            Ok(app) => Ok(Some(app.app_id)),
+            Err(fault) if fault.code == Code::NotFound => Ok(None),
+            Err(fault) => Err(self.explain(&fault, &format!("the Modal app `{name}`"))),
+        }
     }
 
     /// The id of an image, which is built if Modal doesn't have it.

@@ -220,17 +220,21 @@ impl ModalClient {
         Ok(Sandbox { inner: Arc::new(inner) })
     }
 
-    /// The sandboxes of Kaa's sessions that live, of all apps or of one, the youngest first.
+    /// The sandboxes of Kaa's sessions that live, of all apps or of one, the youngest first. An app that
+    /// isn't there has none.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] when Modal doesn't answer.
+    /// [`Error::Invalid`] for what is no name of an app, [`Error::Unavailable`] when Modal doesn't answer.
     pub async fn sandboxes(&self, app: Option<&str>) -> Result<Vec<SandboxReport>> {
         let app_id = match app {
-            Some(name) => self.app(name).await?.id,
-            None => String::new(),
+            Some(name) => self.find_app(name).await?,
+            None => Some(String::new()),
         };
-        self.sessions(&app_id).await
+        match app_id {
+            Some(id) => self.sessions(&id).await,
+            None => Ok(Vec::new()),
+        }
     }
 
     pub(super) async fn sessions(&self, app_id: &str) -> Result<Vec<SandboxReport>> {
