@@ -45,6 +45,7 @@ compile_error!(
 );
 
 mod agent;
+pub mod broker;
 mod capture;
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -31,8 +31,10 @@ pub use self::token::LmToken;
 pub use self::upstream::{
     AnthropicHandler, HttpProxy, OpenAiHandler, Price, Retries, Secret, UpstreamOptions,
 };
+pub(crate) use self::upstream::{tls, trusted_roots};
 pub(crate) use self::usage::Ledger;
 pub use self::usage::{ModelUsage, UsageSummary};
+pub(crate) use self::wire::{Asked, AskedPrompts, read_object};
 
 /// Bytes that the name of a model may have: it's kept with each call.
 pub(crate) const MODEL_NAME_BYTES_MAX: usize = 1 << 10;

@@ -24,6 +24,7 @@ pub use self::anthropic::AnthropicHandler;
 pub use self::openai::OpenAiHandler;
 pub use self::options::{HttpProxy, Price, Retries, Secret, UpstreamOptions};
 use self::transport::{Fault, Transport};
+pub(crate) use self::transport::{tls, trusted_roots};
 use super::wire::replace_lone_surrogates;
 use super::{LmCompletion, LmError, LmRequest, ModelUsage};
 use super::{estimated_tokens, tokens_of};

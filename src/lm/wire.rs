@@ -76,21 +76,21 @@ impl RequestJson<'_> {
 
 /// A request as a server takes it.
 #[derive(Debug, PartialEq)]
-pub(super) struct Asked {
-    pub(super) prompts: AskedPrompts,
-    pub(super) model: Option<String>,
-    pub(super) depth: i32,
+pub(crate) struct Asked {
+    pub(crate) prompts: AskedPrompts,
+    pub(crate) model: Option<String>,
+    pub(crate) depth: i32,
 }
 
 #[derive(Debug, PartialEq)]
-pub(super) enum AskedPrompts {
+pub(crate) enum AskedPrompts {
     One(Prompt),
     /// At least one; answered as a list.
     Batch(Vec<Prompt>),
 }
 
 /// The object that a payload is; an error is the text for the client.
-pub(super) fn read_object(mut payload: Vec<u8>) -> Result<Map<String, Json>, String> {
+pub(crate) fn read_object(mut payload: Vec<u8>) -> Result<Map<String, Json>, String> {
     if values_at_most(&payload) > REQUEST_VALUES_MAX {
         return Err(format!("the request has more than {REQUEST_VALUES_MAX} JSON values"));
     }
@@ -106,7 +106,7 @@ pub(super) fn read_object(mut payload: Vec<u8>) -> Result<Map<String, Json>, Str
 
 impl Asked {
     /// What a request's object asks for; an error is the text for the client.
-    pub(super) fn read(mut request: Map<String, Json>, prompts_max: usize) -> Result<Self, String> {
+    pub(crate) fn read(mut request: Map<String, Json>, prompts_max: usize) -> Result<Self, String> {
         let prompts = match request.remove("prompts") {
             None | Some(Json::Null) => Vec::new(),
             Some(Json::Array(prompts)) if prompts.len() > prompts_max => {

@@ -2,11 +2,14 @@
 
 use std::error::Error as StdError;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION};
 use reqwest::{Client, Request, Response, StatusCode, Url};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_platform_verifier::Verifier;
 use serde_json::Value as Json;
@@ -82,7 +85,7 @@ impl Transport {
         }
         let way = options.proxy.as_ref().map(|proxy| proxy.way_to(&url)).transpose()?.flatten();
         let proxy_is_secure = way.as_ref().is_some_and(|way| way.is_secure);
-        let tls = tls(url.scheme() == "https" || proxy_is_secure)?;
+        let tls = tls(url.scheme() == "https" || proxy_is_secure, Vec::new())?;
         let contact = way.as_ref().map_or(url.authority(), |way| &way.name).to_owned();
         let mut client = Client::builder()
             .user_agent(concat!("kaa/", env!("CARGO_PKG_VERSION")))
@@ -326,8 +329,24 @@ fn header(name: &str, value: &Secret) -> Result<(HeaderName, HeaderValue)> {
     Ok((header, value))
 }
 
-/// TLS with the certificates that the system trusts. A machine without any can still use plain HTTP.
-fn tls(is_used: bool) -> Result<ClientConfig> {
+/// The certificates in a file in PEM; none without a file.
+pub(crate) fn trusted_roots(path: Option<&Path>) -> Result<Vec<CertificateDer<'static>>> {
+    let Some(path) = path else { return Ok(Vec::new()) };
+    let pem = std::fs::read(path)
+        .map_err(|e| Error::io(format!("reading the certificates in {}", path.display()), e))?;
+    let refuse = |reason: String| Error::invalid(format!("{}", path.display()), reason);
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|e| refuse(format!("it must hold certificates in PEM: {e}")))?;
+    match found.is_empty() {
+        true => Err(refuse("it holds no certificate in PEM".into())),
+        false => Ok(found),
+    }
+}
+
+/// TLS with the certificates that the system trusts, and more. A machine without any can still use plain
+/// HTTP.
+pub(crate) fn tls(is_used: bool, more: Vec<CertificateDer<'static>>) -> Result<ClientConfig> {
     let unavailable = |e: rustls::Error| Error::unavailable("TLS", e.to_string());
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
@@ -336,7 +355,7 @@ fn tls(is_used: bool) -> Result<ClientConfig> {
     if !is_used {
         return Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth());
     }
-    let verifier = Verifier::new(provider).map_err(|e| {
+    let verifier = Verifier::new_with_extra_roots(more, provider).map_err(|e| {
         let reason = format!("{e}; install the system's certificates (package ca-certificates)");
         Error::unavailable("TLS", reason)
     })?;
