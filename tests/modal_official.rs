@@ -9,8 +9,6 @@
 mod cloud;
 #[path = "modal_official/faults.rs"]
 mod faults;
-#[path = "common/packages.rs"]
-mod packages;
 #[path = "modal_official/requests.rs"]
 mod requests;
 #[path = "common/required.rs"]
@@ -22,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::OnceLock;
 
-use cloud::{StandIn, StandInOptions};
+use cloud::{StandIn, StandInOptions, packages};
 use libtest_mimic::{Arguments, Failed};
 use serde_json::{Value as Json, json};
 
