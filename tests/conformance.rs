@@ -13,8 +13,6 @@ mod lab;
 mod liar;
 #[path = "conformance/nothing.rs"]
 mod nothing;
-#[path = "common/packages.rs"]
-mod packages;
 #[path = "common/required.rs"]
 mod required;
 

@@ -14,7 +14,7 @@ mod gate;
 #[path = "modal/images.rs"]
 mod images;
 #[path = "packages.rs"]
-mod packages;
+pub(crate) mod packages;
 #[path = "modal/procs.rs"]
 mod procs;
 #[allow(

@@ -12,8 +12,13 @@ pub(crate) const DILL: &[&str] = &["dill==0.4.0"];
 /// The directory with these packages, installed by `python`'s pip unless an earlier run did. It
 /// appears with all in it, or not at all.
 pub(crate) fn installed(python: &str, packages: &[&str]) -> Result<PathBuf, String> {
+    installed_as(&packages.join("-").replace("==", "-"), python, packages)
+}
+
+/// The same, in a directory of this name: the names of many packages are too long for one.
+pub(crate) fn installed_as(name: &str, python: &str, packages: &[&str]) -> Result<PathBuf, String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let folder = target.join(packages.join("-").replace("==", "-"));
+    let folder = target.join(name);
     if folder.exists() {
         return Ok(folder);
     }

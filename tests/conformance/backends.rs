@@ -15,8 +15,8 @@ use kaa::{
 
 use tokio::runtime::Runtime;
 
-use crate::cloud::{StandIn, StandInOptions};
-use crate::{common, lab, packages};
+use crate::cloud::{StandIn, StandInOptions, packages};
+use crate::{common, lab};
 
 /// What a machine has, or why it doesn't.
 pub(crate) type Found<T> = &'static Result<T, String>;

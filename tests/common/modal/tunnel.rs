@@ -114,7 +114,7 @@ enum Way {
     /// The sandbox shares this machine's network.
     Port(u16),
     /// Through a process in the sandbox's network, which ends with this.
-    Socket(PathBuf, #[allow(dead_code, reason = "killed when it's dropped")] Child),
+    Socket(PathBuf, #[allow(dead_code, reason = "killed when it's dropped")] Box<Child>),
 }
 
 impl Way {
@@ -127,7 +127,7 @@ impl Way {
         command.args(["--", "python3", "-c", FORWARD]).arg(&path).arg(port.to_string());
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true).spawn()?;
-        Ok(Self::Socket(path, child))
+        Ok(Self::Socket(path, Box::new(child)))
     }
 
     async fn connect(&self) -> io::Result<Box<dyn Both>> {
