@@ -154,7 +154,6 @@ impl ModalFlags {
             user: self.modal_user.unwrap_or(defaults.user),
             setup_code,
             python: python.unwrap_or(defaults.python),
-            ..ModalOptions::default()
         };
         options.validate()?;
         Ok(options)
