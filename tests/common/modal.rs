@@ -1,7 +1,8 @@
 //! A stand-in of Modal: its control plane and its workers, with processes of this machine as sandboxes.
 //!
 //! It keeps to what Modal's official clients expect, which `tests/modal_official.rs` proves with those
-//! clients. Dropping it ends everything: sandboxes, their processes, their directories.
+//! clients. Dropping it ends everything: sandboxes, their processes, their directories. So does the end of
+//! the process that has it, however that comes.
 
 #![allow(dead_code, reason = "every user of this needs a part of it")]
 
@@ -40,7 +41,9 @@ mod world;
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use futures_util::stream;
@@ -63,12 +66,23 @@ const MESSAGE_BYTES_MAX: usize = 100 << 20;
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 32 << 20;
 
+/// Waits until the process that holds its stdin has gone, and ends what that one couldn't: it was killed,
+/// or kept the stand-in until its end.
+const GUARD: &str = r#"
+read -r _
+for _ in 1 2 3; do
+    grep -lsa "$1" /proc/[0-9]*/environ | while IFS=/ read -r _ _ pid _; do kill -9 "$pid"; done
+done
+rm -rf -- "$2"
+"#;
+
 /// A server in Modal's place, with a runtime of its own.
 pub(crate) struct StandIn {
     world: Arc<World>,
     /// Both are there until the end.
     runtime: Option<Runtime>,
     folder: Option<TempDir>,
+    guard: Child,
 }
 
 /// A sandbox as it is now.
@@ -130,7 +144,8 @@ impl StandIn {
         });
         runtime.spawn(server.serve_with_incoming(Box::pin(incoming)));
         runtime.spawn(world.clone().watch_limits());
-        Self { world, runtime: Some(runtime), folder: Some(folder) }
+        let guard = guard(&world.run, folder.path());
+        Self { world, runtime: Some(runtime), folder: Some(folder), guard }
     }
 
     /// What `MODAL_SERVER_URL` is set to.
@@ -222,7 +237,16 @@ impl Drop for StandIn {
             runtime.shutdown_background();
         }
         drop(self.folder.take());
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
     }
+}
+
+fn guard(run: &str, folder: &Path) -> Child {
+    let mut command = Command::new("sh");
+    command.args(["-c", GUARD, "sh", &format!("{}={run}-", procs::MARK)]).arg(folder);
+    // Ctrl-C in a terminal is for the tests, not for who cleans up after them.
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).process_group(0).spawn().unwrap()
 }
 
 impl StandIn {

@@ -155,7 +155,7 @@ def requests(plan):
         assert process.wait() == 7
     sandbox.snapshot_filesystem(ttl=None)
     assert run(modal.Sandbox.from_id(sandbox.object_id), "true")[2] == 0
-    found = list(modal.Sandbox.list(app_id=modal.App.lookup("official", create_if_missing=True).app_id))
+    found = list(modal.Sandbox.list(app_id=modal.App.lookup("official").app_id))
     assert [other.object_id for other in found] == [sandbox.object_id]
     sandbox.terminate()
     sandbox.wait(raise_on_termination=False)
