@@ -20,7 +20,8 @@ poller that never holds anything sees everything that is unanswered, as with RLM
 poller when its own was not heard of for "lease_seconds". "gone" are held ids that nobody waits for any more.
 
 The first answer to an item counts, and a repeated one is accepted without effect. The same goes for a repeated
-/enqueue with an "id" that the guest chose: it waits for the same answer, or gets what was answered a while ago.
+/enqueue with an "id" that the guest chose: it waits for the same answer, or gets what was answered a while ago. Whose
+guest doesn't come back for "return_seconds" is dropped, and one without such an id at once.
 """
 
 import collections
@@ -50,6 +51,7 @@ LIMITS = {
     "connections_max": 320,
     "answer_seconds_max": 300,  # From /enqueue to its answer.
     "lease_seconds": 30,
+    "return_seconds": 30,
     "idle_seconds": 75,  # A connection without a request.
     "head_seconds": 10,  # From the first byte of a connection, or of a line, to the end of the headers.
     "body_seconds": 60,
@@ -121,6 +123,7 @@ class Item:
     def __init__(self, name, is_chosen, body, until, lock):
         self.name, self.is_chosen, self.body, self.until = name, is_chosen, body, until
         self.waiting = 0
+        self.left = None  # When the last one who waited went away.
         self.poller = None
         self.lease = 0.0
         self.answer = None
@@ -172,8 +175,9 @@ class Queue:
             finally:
                 item.waiting -= 1
                 self.waiting -= 1
+                item.left = time.monotonic()
                 # Who chose an id may come back for the answer.
-                if item.answer is None and (time.monotonic() >= item.until or not (item.waiting or is_chosen)):
+                if item.answer is None and (item.left >= item.until or not (item.waiting or is_chosen)):
                     self.drop(item)
 
     def find(self, name, is_chosen, body, until):
@@ -221,8 +225,12 @@ class Queue:
 
     def expire(self):
         """Drops what is too late. Those who wait see to it themselves, but some have gone."""
-        for item in [item for item in self.items.values() if time.monotonic() >= item.until]:
+        now = time.monotonic()
+        for item in [item for item in self.items.values() if now >= item.until or self.is_left(item, now)]:
             self.drop(item)
+
+    def is_left(self, item, now):
+        return not item.waiting and item.left is not None and now - item.left > self.limits["return_seconds"]
 
     def poll(self, poller, held, most, wait, is_there):
         """Items for a poller, and which of those that it holds are gone."""

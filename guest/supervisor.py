@@ -121,6 +121,7 @@ class Supervisor:
         self.channel = None
         self.pipes = {}  # Descriptor to kind of frame.
         self.agent = self.carrier = None
+        self.workers = 0  # There have been.
         self.turn = 0  # The host's number of the turn: what is said of one isn't to be taken for the next.
 
     def start(self):
@@ -143,6 +144,8 @@ class Supervisor:
                 os._exit(0)
         else:
             empty(self.settings["scratch"])
+        self.workers += 1
+        settings = dict(self.settings, worker=self.workers)
         near, far = worker.socket_pair()
         output, error = os.pipe(), os.pipe()
         pid = os.fork()
@@ -152,7 +155,7 @@ class Supervisor:
                 os.close(descriptor)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            worker.run(self.agent, self.carrier, far, output[1], error[1], self.settings)
+            worker.run(self.agent, self.carrier, far, output[1], error[1], settings)
         for descriptor in (far, output[1], error[1]):
             os.close(descriptor)
         self.processes.begin(pid)
@@ -290,7 +293,7 @@ class Supervisor:
             self.bury()
         elif operation == "start" and self.processes.worker is None:
             self.start()
-            write_all(event("ready"))
+            write_all(event("ready", worker=self.workers))
 
     def check(self):
         """The limit on what the turn computes."""
@@ -495,7 +498,7 @@ def main():
             own = marshal.dumps(supervisor.codes.pop("supervisor"))
             code = MAGIC + len(own).to_bytes(4, "big") + own + marshal.dumps(supervisor.codes)
             write_all(frame(b"M", code))
-        write_all(event("ready", python=sys.version.split()[0], dill=has_dill()))
+        write_all(event("ready", worker=supervisor.workers, python=sys.version.split()[0], dill=has_dill()))
         supervisor.serve()
     except BrokenPipeError:
         supervisor.leave()

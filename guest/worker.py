@@ -14,14 +14,19 @@ import signal
 import threading
 
 from . import saving
+from .door import Door
 from .processes import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
-from .values import pack
+from .values import TEXT, pack, unpack
 
 READ_BYTES = 1 << 16
 LONG_BYTES = 1 << 20  # More than can lie in a buffer behind another answer.
 CHANNEL_BYTES = 1 << 20
 DESCRIPTOR_MIN = 256  # What cells open, and what they guess, lies below.
 _GONE = frozenset((errno.EBADF, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN))
+_TAGS = frozenset((b"L", b"R"))  # Of calls of language models that are one text; the others have this header.
+_LM = pack({"op": "lm"})[4:-1]
+_WHY = pack({"op": "why"})
+_STOPPED = {"error": "stopped"}
 _NEXT = pack({"op": "next"})
 _FULL = pack({"op": "done", "error": "MemoryError: the memory is full"})  # There may be no room to write it then.
 _FAILED = pack({"op": "done", "error": "the agent: the handler of a signal raised in it"})
@@ -49,9 +54,11 @@ class Carrier:
         # A thread that didn't let go, as `with` may be interrupted before 3.11, can go on.
         self.sending, self.state = threading.RLock(), threading.RLock()
         self.reader = None  # The call whose thread reads.
+        self.door = None  # The way of calls of language models, if they have one of their own.
         self.open, self.answers, self.waiting = set(), {}, {}
 
-    def bind(self, channel, bytes_max, token):
+    def bind(self, channel, bytes_max, token, door):
+        self.door = door
         self.channel, self.known, self.bytes_max, self.token = channel, identity(channel), bytes_max, token
         self.pid, self.main = _getpid(), _ident()
 
@@ -72,6 +79,15 @@ class Carrier:
         """Asks the host for a cell, in any of its threads."""
         if self.is_orphan():
             raise OSError("a process that a cell started cannot call the host")
+        if self.door is None or not is_for_models(frame) or _len(frame) > self.door.bytes_max:
+            return self.ask(frame)
+        answer = self.door.call(frame)
+        if answer[:1] != TEXT and unpack(answer)[0] == _STOPPED and not self.is_elsewhere():
+            # The order to stop came by the other way. What is answered there came after it.
+            self.ask(_WHY)
+        return answer
+
+    def ask(self, frame):
         if _len(frame) > self.bytes_max:
             raise ValueError("a message of %d bytes: the host takes %d" % (_len(frame), self.bytes_max))
         number, written = next(self.numbers) & 0xFFFFFFFF, []
@@ -249,6 +265,10 @@ class Carrier:
                     gate.release()
 
 
+def is_for_models(frame):
+    return frame[:1] in _TAGS or frame[4 : 4 + _len(_LM)] == _LM
+
+
 class Descriptors:
     """Descriptors 0, 1 and 2 of the worker, put back when a cell closed or replaced them."""
 
@@ -348,7 +368,8 @@ def run(agent, carrier, channel, output, error, settings):
         for descriptor in (output, error):
             if descriptor > 2:
                 os.close(descriptor)
-        carrier.bind(kept, settings["call_bytes_max"], bytes.fromhex(settings["token"]))
+        door = None if settings["door"] is None else Door(settings["door"], settings["worker"], keep)
+        carrier.bind(kept, settings["call_bytes_max"], bytes.fromhex(settings["token"]), door)
         os.register_at_fork(after_in_child=carrier.orphan)
         agent.channel.is_elsewhere = carrier.is_elsewhere
         bound(settings)

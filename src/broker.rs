@@ -30,6 +30,8 @@ use reqwest::{Client, Method, StatusCode, Url};
 use serde_json::Value as Json;
 use tokio::time::{Instant, sleep};
 
+#[cfg(feature = "modal")]
+pub(crate) use self::answer::Responder;
 use crate::error::{Error, Result};
 use crate::lm::{Secret, tls, trusted_roots};
 
@@ -78,7 +80,7 @@ impl Default for BrokerOptions {
 }
 
 /// The host's side of a broker. Calls that are under way end when it stops serving.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Broker {
     client: Client,
     url: Url,

@@ -157,12 +157,14 @@ impl Machine for LocalMachine {
             data_bytes: Some(options.limits.memory_bytes),
             file_bytes: Some(options.limits.disk_bytes),
             user: None,
+            door: None,
         };
         Ok(Started {
             reader: Box::new(reader),
             writer: Box::new(writer),
             life: Box::new(LocalLife { child: Some((child, scratch)), words }),
             surroundings,
+            calls: None,
         })
     }
 }

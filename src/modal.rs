@@ -34,6 +34,7 @@ mod options;
     reason = "generated"
 )]
 mod proto;
+mod relay;
 mod retry;
 mod router;
 mod sandbox;
@@ -49,7 +50,7 @@ pub use self::client::ModalClient;
 pub use self::config::ModalConfig;
 pub use self::image::ModalImage;
 use self::machine::ModalMachine;
-pub use self::options::{ModalOptions, Network, Secret};
+pub use self::options::{Carrier, ModalOptions, Network, Secret};
 pub use self::router::ProcessExit;
 pub use self::sandbox::{Sandbox, SandboxProcess, SandboxReport, SandboxSpec};
 use crate::environment::{Backend, Capabilities, Environment, EnvironmentOptions};

@@ -6,6 +6,8 @@
 //! `guest/supervisor.py`.
 
 mod backend;
+#[cfg(feature = "modal")]
+mod calls;
 mod environment;
 mod guest;
 mod link;
@@ -17,12 +19,17 @@ mod turn;
 use std::fmt;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
+use crate::lm::Secret;
+use crate::protocol::Message;
 
 pub(crate) use self::backend::ProcessBackend;
+#[cfg(feature = "modal")]
+pub(crate) use self::calls::{BrokerCalls, CARRIED_BYTES_MAX};
 #[cfg(any(feature = "docker", feature = "modal"))]
 pub(crate) use self::owner::Owner;
 #[cfg(feature = "docker")]
@@ -59,10 +66,44 @@ pub(crate) struct Started {
     pub(crate) writer: Box<dyn AsyncWrite + Send + Sync + Unpin>,
     pub(crate) life: Box<dyn Life>,
     pub(crate) surroundings: Surroundings,
+    /// The way of the worker's calls of language models, where it isn't that of everything else. The
+    /// surroundings then have a door.
+    pub(crate) calls: Option<Box<dyn CallCarrier>>,
+}
+
+/// Carries calls of language models from a session's worker to the host, and their answers back.
+///
+/// Everything that it brings is hostile, like what comes over the streams.
+#[async_trait]
+pub(crate) trait CallCarrier: Send + Sync {
+    /// The next call, and the key of its answer. May be dropped without a loss. Calls that come
+    /// between turns wait for the next one.
+    ///
+    /// # Errors
+    ///
+    /// Why no call will come any more, and what to do about it.
+    async fn next(&mut self) -> Result<(u64, Bytes)>;
+
+    /// Answers a call, without waiting for that. A key that has no call any more is left alone.
+    fn answer(&mut self, key: u64, message: Message);
+
+    /// There is a worker of this number: what others before it have asked needs no answer.
+    fn begin_worker(&mut self, number: u64);
+}
+
+/// Where a worker gives its calls of language models away, instead of to its supervisor.
+#[derive(Debug, Clone)]
+pub(crate) struct Door {
+    /// The port of a broker (`guest/broker.py`), seen from the worker at 127.0.0.1.
+    pub(crate) port: u16,
+    /// What its guests are known by.
+    pub(crate) token: Secret,
+    /// Bytes of a call that it takes. Longer ones take the way of all others.
+    pub(crate) bytes_max: usize,
 }
 
 /// What the supervisor has to know about where it is.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone)]
 pub(crate) struct Surroundings {
     /// The directory for the guest's files: where cells start, and what `TMPDIR` says.
     pub(crate) scratch: String,
@@ -74,6 +115,8 @@ pub(crate) struct Surroundings {
     pub(crate) file_bytes: Option<u64>,
     /// The number of the user that the worker becomes, if its supervisor is root.
     pub(crate) user: Option<u32>,
+    /// None: calls of language models take the way of all others.
+    pub(crate) door: Option<Door>,
 }
 
 /// Power over a started process. Dropping it ends the process, too, and leaves nothing behind.

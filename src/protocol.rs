@@ -73,6 +73,14 @@ impl Call {
             _ => Message::from_bytes(bytes).map(Self::Message),
         }
     }
+
+    /// Whether language models are asked.
+    pub(crate) fn is_for_models(&self) -> bool {
+        match self {
+            Self::Prompt { .. } => true,
+            Self::Message(message) => message.text("op") == Some("lm"),
+        }
+    }
 }
 
 /// A header and the body that it refers to.

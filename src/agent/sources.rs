@@ -46,6 +46,7 @@ pub(crate) fn process_sources() -> Vec<(&'static str, &'static str)> {
     let own = [
         ("processes", include_str!("../../guest/processes.py")),
         ("saving", include_str!("../../guest/saving.py")),
+        ("door", include_str!("../../guest/door.py")),
         ("worker", include_str!("../../guest/worker.py")),
     ];
     sources.splice(end..end, own);

@@ -11,14 +11,17 @@ use sha2::{Digest, Sha256};
 use tokio::task::{AbortHandle, Id, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::answer::answer;
-use super::{BACKOFF, Broker, Fault};
+use super::answer::{Models, Responder};
+use super::{BACKOFF, Broker, BrokerOptions, Fault};
 use crate::error::Error;
 use crate::lm::LmHandler;
 
 /// Bytes and number of answers that are kept for items that come again.
 const KEPT_BYTES_MAX: usize = 64 << 20;
 const KEPT_MAX: usize = 1024;
+/// Bytes of requests under way, beyond which no more are taken: what a broker that isn't what it should
+/// be can make the host hold, beside one answer of its own.
+const HELD_BYTES_MAX: usize = 256 << 20;
 /// Longer than any item waits.
 const TIMEOUT_MAX: f64 = 24.0 * 60.0 * 60.0;
 
@@ -36,9 +39,15 @@ impl Broker {
     /// The error is [`Error::Unavailable`] when the broker was out of reach for `gone_after`, and
     /// [`Error::Invalid`] if it doesn't take the token.
     pub async fn serve(&self, handler: Arc<dyn LmHandler>) -> Error {
+        let BrokerOptions { batch_concurrency, prompts_max, .. } = self.options;
+        self.attend(Arc::new(Models { handler, batch_concurrency, prompts_max })).await
+    }
+
+    /// As [`serve`](Self::serve), for whatever is asked.
+    pub(crate) async fn attend(&self, responder: Arc<dyn Responder>) -> Error {
         let mut desk = Desk {
-            broker: Arc::new(self.clone_parts()),
-            handler,
+            broker: Arc::new(self.clone()),
+            responder,
             calls: JoinSet::new(),
             held: HashMap::new(),
             kept: Kept::default(),
@@ -74,15 +83,6 @@ impl Broker {
         }
     }
 
-    fn clone_parts(&self) -> Self {
-        Self {
-            client: self.client.clone(),
-            url: self.url.clone(),
-            token: self.token.clone(),
-            options: self.options.clone(),
-        }
-    }
-
     /// Brings an answer to the broker, until it has it or nobody waits for it.
     async fn deliver(&self, id: &str, answer: &Json) {
         let mut body = json!({"id": id, "response": answer}).to_string().into_bytes();
@@ -103,12 +103,18 @@ impl Broker {
     }
 }
 
+/// A request that is under way.
+struct Held {
+    call: AbortHandle,
+    bytes: usize,
+}
+
 /// What is under way.
 struct Desk {
     broker: Arc<Broker>,
-    handler: Arc<dyn LmHandler>,
+    responder: Arc<dyn Responder>,
     calls: JoinSet<(Key, Json)>,
-    held: HashMap<String, AbortHandle>,
+    held: HashMap<String, Held>,
     kept: Kept,
 }
 
@@ -116,7 +122,11 @@ impl Desk {
     /// What the broker says to one poll; `None` if it waited for a place and there is one.
     async fn poll(&mut self) -> Option<Result<Json, Fault>> {
         let options = &self.broker.options;
-        let most = options.concurrency.saturating_sub(self.calls.len());
+        let held: usize = self.held.values().map(|held| held.bytes).sum();
+        let most = match held {
+            0..HELD_BYTES_MAX => options.concurrency.saturating_sub(self.calls.len()),
+            _ => 0,
+        };
         let body = json!({
             "wait": options.poll.as_secs_f64(),
             "max": most,
@@ -147,14 +157,14 @@ impl Desk {
     }
 
     fn release(&mut self, task: Id) {
-        self.held.retain(|_, call| call.id() != task);
+        self.held.retain(|_, held| held.call.id() != task);
     }
 
     /// Begins with what was found, and stops what nobody waits for any more.
     fn take(&mut self, found: &Json) {
         for id in found["gone"].as_array().into_iter().flatten().filter_map(Json::as_str) {
-            if let Some(call) = self.held.remove(id) {
-                call.abort();
+            if let Some(held) = self.held.remove(id) {
+                held.call.abort();
             }
         }
         for item in found["pending"].as_array().into_iter().flatten() {
@@ -167,14 +177,14 @@ impl Desk {
             let seconds = item["timeout"].as_f64().unwrap_or(0.0).clamp(0.0, TIMEOUT_MAX);
             let key = (id.to_owned(), Sha256::digest(request).into());
             let known = self.kept.find(&key);
-            let (broker, handler) = (Arc::clone(&self.broker), Arc::clone(&self.handler));
-            let text = request.to_owned();
+            let (broker, responder) = (Arc::clone(&self.broker), Arc::clone(&self.responder));
+            let (text, bytes) = (request.to_owned(), request.len());
             let call = self.calls.spawn(async move {
                 let found = match known {
                     Some(known) => known,
                     None => {
                         // A task of its own, so that a panic is known to be one.
-                        let asked = answered(handler, text, Arc::clone(&broker));
+                        let asked = answered(responder, text);
                         let limit = Duration::from_secs_f64(seconds);
                         match timeout(limit, asked).await {
                             Ok(found) => found,
@@ -185,14 +195,14 @@ impl Desk {
                 broker.deliver(&key.0, &found).await;
                 (key, found)
             });
-            self.held.insert(id.to_owned(), call);
+            self.held.insert(id.to_owned(), Held { call, bytes });
         }
     }
 }
 
-async fn answered(handler: Arc<dyn LmHandler>, text: String, broker: Arc<Broker>) -> Json {
+async fn answered(responder: Arc<dyn Responder>, text: String) -> Json {
     let mut one = JoinSet::new();
-    one.spawn(async move { answer(&*handler, text, &broker.options).await });
+    one.spawn(async move { responder.respond(text).await });
     match one.join_next().await {
         Some(Ok(found)) => found,
         _ => json!({"error": "the host's handler panicked"}),

@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Subcommand};
 use kaa::modal::{
-    ModalBackend, ModalClient, ModalConfig, ModalImage, ModalOptions, Network, SandboxReport,
-    Secret,
+    Carrier, ModalBackend, ModalClient, ModalConfig, ModalImage, ModalOptions, Network,
+    SandboxReport, Secret,
 };
 use kaa::{Capabilities, ProgressFn};
 use serde_json::json;
@@ -24,6 +24,8 @@ use super::{Ending, Failure, in_flags};
 pub(super) const CAPABILITIES: Option<Capabilities> = Some(ModalBackend::CAPABILITIES);
 /// What an image's id begins with.
 const IMAGE_ID: &str = "im-";
+/// Where RLM's broker listens.
+const BROKER_PORT: u16 = 8080;
 /// How long the doctor waits for Modal.
 const DOCTOR_TIME: Duration = Duration::from_secs(20);
 
@@ -58,6 +60,11 @@ pub(super) struct ModalFlags {
     /// 10.0.0.0/8,example.org; language models need none [default: blocked]
     #[arg(long, value_name = "blocked|open|ADDRESSES", value_parser = network)]
     modal_network: Option<Network>,
+    /// Way of model calls to this process: stdio, the streams of the session's process, or broker, a
+    /// queue in the sandbox behind a public tunnel with a token, on port 8080 unless one is given
+    /// [default: stdio]
+    #[arg(long, value_name = "stdio|broker[:PORT]", value_parser = carrier)]
+    modal_carrier: Option<Carrier>,
     /// Secret whose variables cells see: NAME of one that the account has, or env:NAME for a variable
     /// of this process; may be repeated
     #[arg(long, value_name = "NAME|env:NAME")]
@@ -93,6 +100,7 @@ impl ModalFlags {
             modal_environment,
             modal_timeout,
             modal_network,
+            modal_carrier,
             modal_secret,
             modal_tag,
             modal_user,
@@ -107,6 +115,7 @@ impl ModalFlags {
             ("--modal-environment", modal_environment.is_some()),
             ("--modal-timeout", modal_timeout.is_some()),
             ("--modal-network", modal_network.is_some()),
+            ("--modal-carrier", modal_carrier.is_some()),
             ("--modal-secret", !modal_secret.is_empty()),
             ("--modal-tag", !modal_tag.is_empty()),
             ("--modal-user", modal_user.is_some()),
@@ -148,6 +157,7 @@ impl ModalFlags {
             cpu: cpus.unwrap_or(defaults.cpu),
             timeout: span(self.modal_timeout, defaults.timeout),
             network: self.modal_network.unwrap_or(defaults.network),
+            carrier: self.modal_carrier.unwrap_or(defaults.carrier),
             secrets: secrets.collect::<Result<_, _>>()?,
             tags: self.modal_tag,
             patience: span(self.modal_patience, defaults.patience),
@@ -169,6 +179,20 @@ impl ModalPlan {
         let load = Box::new(move |path: &Path| loader.load_snapshot(path));
         let what = format!("`{}` in a sandbox of Modal, app `{}`", options.python, options.app);
         Ok(Processes { backend: Arc::new(backend), load, what })
+    }
+}
+
+/// A way of model calls as typed.
+fn carrier(text: &str) -> Result<Carrier, String> {
+    let refuse = || Err(format!("{text:?} is neither stdio, broker nor broker:PORT"));
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(Carrier::Stdio),
+        None if text == "broker" => Ok(Carrier::Broker { port: BROKER_PORT }),
+        Some(("broker", port)) => match port.parse() {
+            Ok(0) | Err(_) => refuse(),
+            Ok(port) => Ok(Carrier::Broker { port }),
+        },
+        _ => refuse(),
     }
 }
 

@@ -77,7 +77,8 @@ impl Container {
                 let (stdout, stdin, seen) = streams::split(attached);
                 container.seen = Some(seen);
                 let (reader, writer) = (Box::new(stdout), Box::new(stdin));
-                Ok(Started { reader, writer, life: Box::new(container), surroundings })
+                let life = Box::new(container);
+                Ok(Started { reader, writer, life, surroundings, calls: None })
             }
             Err(fault) => {
                 // What can't be removed now is removed with the leftovers.

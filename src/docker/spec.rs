@@ -53,6 +53,7 @@ pub(super) fn surroundings(options: &EnvironmentOptions) -> Surroundings {
         data_bytes: Some(options.limits.memory_bytes),
         file_bytes: is_written.then_some(options.limits.disk_bytes),
         user: None,
+        door: None,
     }
 }
 

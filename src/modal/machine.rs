@@ -11,8 +11,9 @@ use tokio::task::JoinHandle;
 use super::app::{App, Build};
 use super::client::ModalClient;
 use super::ending::{Bounds, Ending};
-use super::options::{self, ModalOptions};
+use super::options::{self, Carrier, ModalOptions, Network};
 use super::proto::client as wire;
+use super::relay::Relay;
 use super::router::{Command, ProcessExit};
 use super::sandbox::{Ground, Sandbox, SandboxProcess, SandboxSpec};
 use super::{BACKEND, CAPABILITIES, OWNER_TAG, SESSION_TAG};
@@ -62,11 +63,19 @@ impl ModalMachine {
         tags.push((SESSION_TAG.into(), session.into()));
         tags.push((OWNER_TAG.into(), self.owner.clone()));
         let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES);
+        let (ports, network) = match (self.options.carrier, &self.options.network) {
+            (Carrier::Stdio, network) => (Vec::new(), network.clone()),
+            (Carrier::Broker { port }, Network::Blocked) => {
+                (vec![port], Network::Allow { cidrs: Vec::new(), domains: Vec::new() })
+            }
+            (Carrier::Broker { port }, network) => (vec![port], network.clone()),
+        };
         SandboxSpec {
             cpu: self.options.cpu,
             memory_mib: memory.div_ceil(1 << 20).try_into().unwrap_or(u32::MAX),
             timeout: self.options.timeout,
-            network: self.options.network.clone(),
+            ports,
+            network,
             tags,
             ..SandboxSpec::default()
         }
@@ -121,13 +130,19 @@ impl Machine for ModalMachine {
         let command = self.command(arguments, options, &scratch);
         let bounds =
             Bounds { timeout: self.options.timeout, memory_bytes: options.limits.memory_bytes };
-        let surroundings = Surroundings {
+        let mut surroundings = Surroundings {
             scratch,
             is_alone: false,
             data_bytes: Some(options.limits.memory_bytes),
             file_bytes: Some(options.limits.disk_bytes),
             user: Some(self.options.user),
+            door: None,
         };
+        let relay = match self.options.carrier {
+            Carrier::Stdio => None,
+            Carrier::Broker { port } => Some(Relay::new(port, &self.options)),
+        };
+        surroundings.door = relay.as_ref().map(Relay::door);
         let (client, app, image) = (self.client.clone(), self.app.clone(), self.image.clone());
         let (secrets, patience) = (self.secrets.clone(), self.options.patience);
         // A task of its own, which can't be dropped half-way: what it has made when nobody waits for it
@@ -137,18 +152,24 @@ impl Machine for ModalMachine {
             let ground = Ground { app: &app, image: &image, secrets };
             let begun = async {
                 let sandbox = client.create(&spec, ground).await?;
-                let mut life = ModalLife::new(sandbox, bounds);
-                life.begin(command, patience).await?;
-                Ok(life)
+                let mut life = ModalLife::new(sandbox.clone(), bounds);
+                let calls = async {
+                    match relay {
+                        Some(relay) => relay.start(&sandbox).await.map(Some),
+                        None => Ok(None),
+                    }
+                };
+                let ((), calls) = tokio::try_join!(life.begin(command, patience), calls)?;
+                Ok((life, calls))
             };
             drop(send.send(begun.await));
         });
-        let mut life = receive.await.unwrap_or_else(|_| {
+        let (mut life, calls) = receive.await.unwrap_or_else(|_| {
             let reason = "the runtime that was to start it shut down";
             Err(Error::unavailable("a sandbox of Modal", reason))
         })?;
         let (reader, writer) = life.streams()?;
-        Ok(Started { reader, writer, life: Box::new(life), surroundings })
+        Ok(Started { reader, writer, life: Box::new(life), surroundings, calls })
     }
 }
 

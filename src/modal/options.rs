@@ -31,6 +31,23 @@ pub enum Network {
     },
 }
 
+/// The way of model calls from a session to the host. All else takes the streams of its process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Carrier {
+    /// The streams of the session's process, too: no address is public.
+    #[default]
+    Stdio,
+    /// A [broker](crate::broker) in the sandbox, which the host reaches through a tunnel of Modal's, by
+    /// HTTPS and with a token. For networks that break long streams, and for comparisons.
+    ///
+    /// Modal has no tunnels where the network is blocked: [`Network::Blocked`] then is a network that
+    /// lets nothing out, and only the tunnel in.
+    Broker {
+        /// Where it listens in the sandbox. RLM's is 8080.
+        port: u16,
+    },
+}
+
 /// Environment variables that Modal puts into a sandbox.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Secret {
@@ -80,6 +97,8 @@ pub struct ModalOptions {
     pub timeout: Duration,
     /// What network the guest has. Default: none.
     pub network: Network,
+    /// The way of model calls. Default: [`Carrier::Stdio`].
+    pub carrier: Carrier,
     /// Variables that Modal puts into the sandbox. Default: none.
     pub secrets: Vec<Secret>,
     /// Tags of the sandboxes, beside those that Kaa gives them. Default: none.
@@ -106,6 +125,7 @@ impl Default for ModalOptions {
             cpu: 1.0,
             timeout: Duration::from_secs(60 * 60),
             network: Network::default(),
+            carrier: Carrier::default(),
             secrets: Vec::new(),
             tags: Vec::new(),
             patience: Duration::from_secs(120),
@@ -136,6 +156,9 @@ impl ModalOptions {
         if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&self.timeout) {
             let reason = format!("must be 10 s to 24 h, not {:?}", self.timeout);
             return Err(Error::invalid("modal.timeout", reason));
+        }
+        if self.carrier == (Carrier::Broker { port: 0 }) {
+            return Err(Error::invalid("modal.carrier", "the port must be 1 to 65535"));
         }
         self.validate_lists()
     }
@@ -214,6 +237,7 @@ mod tests {
             ("modal.timeout", ModalOptions { timeout: Duration::from_secs(90_000), ..fine() }),
             ("modal.timeout", ModalOptions { timeout: Duration::ZERO, ..fine() }),
             ("modal.python", ModalOptions { python: String::new(), ..fine() }),
+            ("modal.carrier", ModalOptions { carrier: Carrier::Broker { port: 0 }, ..fine() }),
             ("modal.secrets", ModalOptions { secrets: vec![variable("1A")], ..fine() }),
             ("modal.secrets", ModalOptions { secrets: vec![variable("A=B")], ..fine() }),
             ("modal.tags", ModalOptions { tags: vec![("kaa-x".into(), String::new())], ..fine() }),

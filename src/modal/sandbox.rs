@@ -569,6 +569,11 @@ impl SandboxProcess {
         self.router.poll(&self.exec).await.ok().flatten()
     }
 
+    /// Its stdin, which stays open.
+    pub(super) fn stdin_mut(&mut self) -> Option<&mut DuplexStream> {
+        self.stdin.as_mut()
+    }
+
     /// Takes the streams that a session is carried by.
     pub(super) fn take_streams(&mut self) -> (DuplexStream, Option<DuplexStream>) {
         (std::mem::replace(&mut self.stdout, tokio::io::duplex(1).0), self.stdin.take())

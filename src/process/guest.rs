@@ -7,11 +7,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde_json::json;
 
 use super::link::{Arrival, Death, Event, Link};
-use super::{Life, Machine, Started};
+use super::{CallCarrier, Door, Life, Machine, Started};
 use crate::agent::{LOADER, SUPERVISOR, process_sources};
 use crate::environment::EnvironmentOptions;
 use crate::error::{Error, Result};
-use crate::protocol::CALL_BYTES_MAX;
+use crate::protocol::{CALL_BYTES_MAX, Message};
 
 /// How long a process may take from its start to its first words. A loaded machine, or an image that
 /// has to be read from a slow disk, takes seconds.
@@ -51,9 +51,20 @@ impl Compiled {
     }
 }
 
+/// Where a call came from, and its answer goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Asker {
+    /// Over the streams, by the worker's number of it.
+    Link(u32),
+    /// By the other way.
+    Carrier(u64),
+}
+
 /// A live process.
 pub(super) struct Guest {
     pub(super) link: Link,
+    /// The other way of calls of language models, if they have one.
+    pub(super) carrier: Option<Box<dyn CallCarrier>>,
     pub(super) life: Box<dyn Life>,
     /// Whether there is a worker.
     pub(super) has_worker: bool,
@@ -77,11 +88,12 @@ impl Guest {
         compiled: &Compiled,
         options: &EnvironmentOptions,
     ) -> Result<Self> {
-        let Started { reader, writer, life, surroundings } =
+        let Started { reader, writer, life, surroundings, calls } =
             machine.start(&["-c", LOADER], options).await?;
         let token = rand::random::<u64>().to_be_bytes();
         let mut guest = Self {
             link: Link::new(reader, writer, token),
+            carrier: calls,
             life,
             has_worker: false,
             idle: None,
@@ -97,6 +109,9 @@ impl Guest {
             "user": surroundings.user,
             "call_bytes_max": CALL_BYTES_MAX,
             "token": format!("{:016x}", u64::from_be_bytes(token)),
+            "door": surroundings.door.map(|Door { port, token, bytes_max }| {
+                json!({ "port": port, "token": token.expose(), "bytes_max": bytes_max })
+            }),
         });
         for part in boot(settings, code) {
             guest.link.put_raw(part);
@@ -114,6 +129,20 @@ impl Guest {
         self.link.forget_worker();
         self.link.order(&json!({ "op": "start" }));
         self.ready(compiled).await
+    }
+
+    /// Answers a call.
+    ///
+    /// # Errors
+    ///
+    /// As [`Link::answer`].
+    pub(super) fn answer(&mut self, asker: Asker, message: Message) -> Result<()> {
+        match (asker, &mut self.carrier) {
+            (Asker::Link(number), _) => self.link.answer(number, message)?,
+            (Asker::Carrier(key), Some(carrier)) => carrier.answer(key, message),
+            (Asker::Carrier(_), None) => {}
+        }
+        Ok(())
     }
 
     /// Ends the worker. The supervisor stays, and so does what the machine has started.
@@ -154,8 +183,11 @@ impl Guest {
         let ready = async {
             loop {
                 match self.link.next().await? {
-                    Arrival::Event(Event::Ready { dill, .. }) => {
+                    Arrival::Event(Event::Ready { dill, worker, .. }) => {
                         self.dill |= dill;
+                        if let Some(carrier) = &mut self.carrier {
+                            carrier.begin_worker(worker);
+                        }
                         return Ok(());
                     }
                     Arrival::Event(Event::Unfit { python }) => {

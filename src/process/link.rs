@@ -51,6 +51,9 @@ pub(super) enum Event {
         python: String,
         #[serde(default)]
         dill: bool,
+        /// Its number, from 1.
+        #[serde(default)]
+        worker: u64,
     },
     /// This Python is too old.
     Unfit { python: String },

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::pin::{Pin, pin};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use serde_json::json;
 use tokio::time::Sleep;
 
-use super::guest::Guest;
+use super::CallCarrier;
+use super::guest::{Asker, Guest};
 use super::link::{Arrival, Death, Event, Stats};
 use crate::agent::{Answer, Conversation, Done, Signal, Streams};
 use crate::error::{Error, Result};
@@ -36,7 +38,7 @@ pub(super) enum TurnEnd {
 }
 
 /// Nothing has come of a call that waited for too long.
-type Pending = FuturesUnordered<Pin<Box<dyn Future<Output = (u32, Option<Done>)> + Send>>>;
+type Pending = FuturesUnordered<Pin<Box<dyn Future<Output = (Asker, Option<Done>)> + Send>>>;
 
 type Outside = Pin<Box<dyn Future<Output = Done> + Send>>;
 
@@ -47,8 +49,8 @@ struct Turn<'a> {
     streams: &'a mut Streams,
     grace: Duration,
     calls: Pending,
-    /// The numbers of the calls that wait, and the bytes of each.
-    waiting: BTreeMap<u32, usize>,
+    /// The calls that wait, and the bytes of each.
+    waiting: BTreeMap<Asker, usize>,
     waiting_bytes: usize,
     /// How long calls may wait for an answer, once the worker was asked to stop.
     patience: Option<Instant>,
@@ -150,22 +152,45 @@ impl Turn<'_> {
                     }
                     continue;
                 }
-                Some((number, done)) = self.calls.next(), if !self.calls.is_empty() => {
-                    self.waiting_bytes -= self.waiting.remove(&number).unwrap_or_default();
-                    let Some(done) = done else {
-                        self.guest.link.answer(number, stopped())?;
-                        continue;
-                    };
-                    let reply = self.conversation.finish(done);
-                    let answered = self.guest.link.answer(number, reply.clone());
-                    self.conversation.take_back(reply);
-                    answered?;
+                Some((asker, done)) = self.calls.next(), if !self.calls.is_empty() => {
+                    self.reply(asker, done)?;
+                    continue;
+                }
+                call = carried(&mut self.guest.carrier) => {
+                    let (key, bytes) = call?;
+                    self.take_carried(Asker::Carrier(key), &bytes)?;
                     continue;
                 }
                 arrival = self.guest.link.next() => arrival?,
             };
             if let Some(end) = self.take(arrival, sleep.as_mut()).await? {
                 return Ok(end);
+            }
+        }
+    }
+
+    fn reply(&mut self, asker: Asker, done: Option<Done>) -> Result<()> {
+        self.waiting_bytes -= self.waiting.remove(&asker).unwrap_or_default();
+        let Some(done) = done else { return self.guest.answer(asker, stopped()) };
+        let reply = self.conversation.finish(done);
+        let answered = self.guest.answer(asker, reply.clone());
+        self.conversation.take_back(reply);
+        answered
+    }
+
+    /// A call that came by the other way. Cells can send there what they like, so that nothing but calls
+    /// of language models is taken, and what is wrong with one is told to whoever sent it.
+    fn take_carried(&mut self, asker: Asker, bytes: &Bytes) -> Result<()> {
+        let answer = match Call::from_bytes(bytes) {
+            Ok(call) if call.is_for_models() => self.conversation.answer(call),
+            Ok(_) => Err(Error::protocol("only calls of language models come by this way")),
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(Answer::Now(message)) => self.guest.answer(asker, message),
+            Ok(Answer::Later(outside)) => self.hold(asker, bytes.len(), outside),
+            Err(error) => {
+                self.guest.answer(asker, Message::new(json!({ "error": error.to_string() })))
             }
         }
     }
@@ -191,7 +216,9 @@ impl Turn<'_> {
                         }
                         self.guest.link.answer(number, message)?;
                     }
-                    Answer::Later(outside) => self.hold(number, length, outside)?,
+                    Answer::Later(outside) => {
+                        self.hold(Asker::Link(number), length, outside)?;
+                    }
                 }
             }
             Arrival::Event(Event::Limit { turn, .. }) if turn != self.guest.turns => {}
@@ -218,25 +245,25 @@ impl Turn<'_> {
     }
 
     /// A call whose answer comes from outside. Threads can have many, and the host keeps what they sent.
-    fn hold(&mut self, number: u32, length: usize, outside: Outside) -> Result<()> {
+    fn hold(&mut self, asker: Asker, length: usize, outside: Outside) -> Result<()> {
         if self.waiting_bytes + length > CALL_BYTES_MAX {
             let text = format!("calls that wait have more than {CALL_BYTES_MAX} bytes");
             let refusal = json!({ "error": text, "type": "RuntimeError" });
-            return self.guest.link.answer(number, Message::new(refusal));
+            return self.guest.answer(asker, Message::new(refusal));
         }
         let patience = self.patience;
         if patience.is_some_and(|until| Instant::now() >= until) {
-            return self.guest.link.answer(number, stopped());
+            return self.guest.answer(asker, stopped());
         }
         // A guest that uses a number twice gets two answers.
-        let before = self.waiting.insert(number, length).unwrap_or_default();
+        let before = self.waiting.insert(asker, length).unwrap_or_default();
         self.waiting_bytes = self.waiting_bytes + length - before;
         self.calls.push(Box::pin(async move {
             let done = match patience {
                 None => Some(outside.await),
                 Some(until) => tokio::time::timeout_at(until.into(), outside).await.ok(),
             };
-            (number, done)
+            (asker, done)
         }));
         Ok(())
     }
@@ -300,8 +327,8 @@ impl Turn<'_> {
     fn refuse_pending(&mut self) -> Result<()> {
         self.calls.clear();
         self.waiting_bytes = 0;
-        for number in std::mem::take(&mut self.waiting).into_keys() {
-            self.guest.link.answer(number, stopped())?;
+        for asker in std::mem::take(&mut self.waiting).into_keys() {
+            self.guest.answer(asker, stopped())?;
         }
         Ok(())
     }
@@ -315,6 +342,14 @@ impl Turn<'_> {
             }
             _ => {}
         }
+    }
+}
+
+/// What comes by the other way, if there is one.
+async fn carried(carrier: &mut Option<Box<dyn CallCarrier>>) -> Result<(u64, Bytes)> {
+    match carrier {
+        Some(carrier) => carrier.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use kaa::conformance::Case;
 use kaa::docker::{DockerOptions, Pull};
-use kaa::modal::{ModalBackend, ModalConfig, ModalImage, ModalOptions};
+use kaa::modal::{Carrier, ModalBackend, ModalConfig, ModalImage, ModalOptions};
 use kaa::{
     Backend, Capabilities, Environment, EnvironmentOptions, LocalBackend, LocalOptions, Result,
     WasmBackend,
@@ -41,6 +41,7 @@ pub(crate) const ALL: &[Row] = &[
     Row { name: "docker_dill", most: 2, find: docker_dill, has: |case| case.needs("snapshot") },
     Row { name: "modal", most: 2, find: modal, has: |_| true },
     Row { name: "modal_dill", most: 2, find: modal_dill, has: |case| case.needs("snapshot") },
+    Row { name: "modal_broker", most: 2, find: modal_broker, has: |_| true },
     Row { name: "modal_live", most: 4, find: modal_live, has: |_| true },
 ];
 
@@ -98,30 +99,42 @@ fn modal_live() -> Found<Shared> {
         std::env::var("MODAL_TOKEN_ID").map_err(|_| "MODAL_TOKEN_ID isn't set")?;
         let config = ModalConfig::load(|name| std::env::var(name).ok());
         let config = config.map_err(|error| error.to_string())?;
-        sandboxes(config, ModalImage::default().pip_install(["dill"]))
+        let image = ModalImage::default().pip_install(["dill"]);
+        sandboxes(config, ModalOptions { image, ..ModalOptions::default() })
     })
 }
 
 /// A stand-in of Modal.
 fn modal() -> Found<Shared> {
     static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
-    FOUND.get_or_init(|| stand_in_sandboxes(ModalImage::default()))
+    FOUND.get_or_init(|| stand_in_sandboxes(ModalOptions::default()))
+}
+
+/// Model calls take the second way.
+fn modal_broker() -> Found<Shared> {
+    static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let carrier = Carrier::Broker { port: 8080 };
+        stand_in_sandboxes(ModalOptions { carrier, ..ModalOptions::default() })
+    })
 }
 
 fn modal_dill() -> Found<Shared> {
     static FOUND: OnceLock<Result<Shared, String>> = OnceLock::new();
-    FOUND.get_or_init(|| stand_in_sandboxes(ModalImage::default().pip_install(["dill"])))
+    FOUND.get_or_init(|| {
+        let image = ModalImage::default().pip_install(["dill"]);
+        stand_in_sandboxes(ModalOptions { image, ..ModalOptions::default() })
+    })
 }
 
-fn stand_in_sandboxes(image: ModalImage) -> Result<Shared, String> {
+fn stand_in_sandboxes(options: ModalOptions) -> Result<Shared, String> {
     static STAND_IN: OnceLock<StandIn> = OnceLock::new();
     cpython().as_ref().map_err(Clone::clone)?;
     let start = || executor().block_on(StandIn::start(StandInOptions::default()));
-    sandboxes(STAND_IN.get_or_init(start).config(), image)
+    sandboxes(STAND_IN.get_or_init(start).config(), options)
 }
 
-fn sandboxes(config: ModalConfig, image: ModalImage) -> Result<Shared, String> {
-    let options = ModalOptions { image, ..ModalOptions::default() };
+fn sandboxes(config: ModalConfig, options: ModalOptions) -> Result<Shared, String> {
     let backend = executor().block_on(ModalBackend::connect(config, options, &|_| {}));
     Ok(Arc::new(backend.map_err(|error| error.to_string())?))
 }
