@@ -60,8 +60,8 @@ impl Fault {
                  again later"
             ),
             Code::Unimplemented | Code::FailedPrecondition => format!(
-                "it no longer takes what this version of Kaa says, which is what version {} of its own \
-                 Python client says: {message}; look for a newer Kaa",
+                "Modal refused it: {message}; if that is about the client's version, which is that of \
+                 {} of its own for Python, look for a newer Kaa",
                 super::ModalConfig::PYTHON_CLIENT
             ),
             Code::NotFound => format!("it isn't there: {message}"),

@@ -214,10 +214,11 @@ impl ModalLife {
     /// The streams of the process. Its output ends, too, when the sandbox does.
     fn streams(&mut self) -> Result<(Reader, Writer)> {
         let process = self.process.as_mut();
-        let Some((stdout, Some(stdin))) = process.map(SandboxProcess::take_streams) else {
+        let taken = process.map(|process| (process.take_streams(), process.lost()));
+        let Some(((stdout, Some(stdin)), lost)) = taken else {
             return Err(Error::Internal("a process in a sandbox without streams".into()));
         };
-        let reader = super::until::Until::new(stdout, self.ending.clone());
+        let reader = super::until::Until::new(stdout, self.ending.clone(), lost);
         Ok((Box::new(reader), Box::new(stdin)))
     }
 
@@ -317,10 +318,29 @@ impl Life for ModalLife {
                  whether limits.memory_bytes, which is {}, is too small for it",
                 self.bounds.memory_bytes
             )),
-            None => poisoned(format!(
-                "the connection to the sandbox was lost for longer than modal.patience, though it \
-                 still runs{words}"
-            )),
+            None => poisoned(self.lost_words(&words)),
+        }
+    }
+}
+
+impl ModalLife {
+    /// Why the sandbox can't be reached, though it runs.
+    fn lost_words(&self, words: &str) -> String {
+        let lost = self.process.as_ref().and_then(|process| process.lost().borrow().clone());
+        match lost {
+            Some(fault) if !fault.is_transient() => {
+                let error = self.sandbox.client().explain(&fault, "the session's process");
+                format!(
+                    "the connection to the sandbox was lost, though it still runs: {error}{words}"
+                )
+            }
+            _ => {
+                let why = lost.map_or_else(String::new, |fault| format!(" ({})", fault.message));
+                format!(
+                    "the connection to the sandbox was lost for longer than modal.patience, though it \
+                     still runs{why}{words}"
+                )
+            }
         }
     }
 }

@@ -74,23 +74,31 @@ pub(super) struct Persistence {
     rules: Rules,
     pause: Duration,
     pub(super) attempt: Attempt,
-    /// When the tries began that have not got anywhere.
-    fruitless_since: Instant,
+    /// When the first of the tries failed that have not got anywhere.
+    fruitless_since: Option<Instant>,
     throttled: Duration,
+    /// Whether the last thing that was done about a fault was to get another pass.
+    pub(super) is_refreshed: bool,
 }
 
 impl Persistence {
     pub(super) fn new(rules: Rules) -> Self {
-        let now = Instant::now();
-        let attempt = Attempt { retries: 0, throttled: 0, since: now };
-        Self { rules, pause: rules.first, attempt, fruitless_since: now, throttled: Duration::ZERO }
+        Self {
+            rules,
+            pause: rules.first,
+            attempt: Attempt { retries: 0, throttled: 0, since: Instant::now() },
+            fruitless_since: None,
+            throttled: Duration::ZERO,
+            is_refreshed: false,
+        }
     }
 
     /// The last try has got somewhere: what fails from now on is another failure.
     pub(super) fn progressed(&mut self) {
         self.pause = self.rules.first;
         self.attempt.retries = 0;
-        self.fruitless_since = Instant::now();
+        self.fruitless_since = None;
+        self.is_refreshed = false;
     }
 
     /// How long to wait before the next try; nothing: the fault is final.
@@ -104,9 +112,11 @@ impl Persistence {
             self.attempt.throttled += 1;
             return Some(after);
         }
+        // What worked for an hour before it broke has not been tried for an hour.
+        let since = *self.fruitless_since.get_or_insert_with(Instant::now);
         let is_over = match (self.rules.retries, self.rules.total) {
             (Some(retries), _) if self.attempt.retries >= retries => true,
-            (_, Some(total)) => self.fruitless_since.elapsed() + self.pause >= total,
+            (_, Some(total)) => since.elapsed() + self.pause >= total,
             _ => false,
         };
         if !fault.is_transient() || is_over {
@@ -118,6 +128,9 @@ impl Persistence {
         Some(pause)
     }
 }
+
+/// A call without an end that lasted for so long before it broke was one that worked.
+pub(super) const WORKED_TIME: Duration = Duration::from_secs(1);
 
 /// Makes a call until it works, or doesn't for good.
 ///
@@ -167,6 +180,19 @@ mod tests {
         assert_eq!(pauses[..3], [10, 20, 40].map(Duration::from_millis));
         router.progressed();
         assert_eq!(router.pause(&unavailable()), Some(Duration::from_millis(10)));
+    }
+
+    #[test]
+    fn patience_begins_with_the_first_fault() {
+        let wait = || std::thread::sleep(Duration::from_millis(60));
+        let rules = Rules::router(None).patient(Duration::from_millis(50));
+        let mut persistence = Persistence::new(rules);
+        wait();
+        assert!(persistence.pause(&unavailable()).is_some());
+        wait();
+        assert!(persistence.pause(&unavailable()).is_none());
+        persistence.progressed();
+        assert!(persistence.pause(&unavailable()).is_some());
     }
 
     #[test]

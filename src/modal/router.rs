@@ -15,7 +15,7 @@ use super::fault::Fault;
 use super::proto::client as control;
 use super::proto::task_command_router as wire;
 use super::proto::task_command_router::task_command_router_client::TaskCommandRouterClient;
-use super::retry::{Attempt, Rules, persist};
+use super::retry::{Attempt, Persistence, Rules, persist};
 
 /// How long a worker may take until its door is open: it may have been given the sandbox just now.
 const OPEN_TIME: Duration = Duration::from_secs(310);
@@ -145,10 +145,34 @@ impl Router {
         match persist(rules, attempt).await {
             Err(fault) if fault.code == Code::Unauthenticated => {
                 self.refresh().await?;
-                persist(rules, attempt).await
+                persist(rules, attempt).await.map_err(refused)
             }
             done => done,
         }
+    }
+
+    /// Does about the fault of a long call what can be done, and waits for as long as that takes.
+    ///
+    /// # Errors
+    ///
+    /// The fault, if it's final.
+    pub(super) async fn recover(
+        &self,
+        persistence: &mut Persistence,
+        mut fault: Fault,
+    ) -> Result<(), Fault> {
+        if fault.code == Code::Unauthenticated && !persistence.is_refreshed {
+            match self.refresh().await {
+                Ok(()) => {
+                    persistence.is_refreshed = true;
+                    return Ok(());
+                }
+                Err(unrefreshed) => fault = unrefreshed,
+            }
+        }
+        let Some(pause) = persistence.pause(&fault) else { return Err(refused(fault)) };
+        tokio::time::sleep(pause).await;
+        Ok(())
     }
 
     fn rules(&self) -> Rules {
@@ -286,23 +310,26 @@ impl Router {
     /// # Errors
     ///
     /// The last fault.
-    pub(super) async fn wait(&self, exec: &str) -> Result<ProcessExit, Fault> {
+    pub(super) async fn wait(&self, exec: &str, patience: Duration) -> Result<ProcessExit, Fault> {
         loop {
             let message =
                 wire::TaskExecWaitRequest { task_id: self.task.clone(), exec_id: exec.into() };
-            let rules = self.rules().attempt(WAIT_TIME);
+            let rules = self.rules().attempt(WAIT_TIME * 2).patient(patience);
             let waited = self.call(rules, message, |mut stub, request| async move {
-                stub.task_exec_wait(request).await
+                match tokio::time::timeout(WAIT_TIME, stub.task_exec_wait(request)).await {
+                    Ok(answer) => answer.map(|answer| answer.map(Some)),
+                    // It runs for longer than questions are held.
+                    Err(_) => Ok(Response::new(None)),
+                }
             });
             use wire::task_exec_wait_response::ExitStatus;
             match waited.await {
-                Ok(answer) => match answer.exit_status {
+                Ok(None) => {}
+                Ok(Some(answer)) => match answer.exit_status {
                     Some(ExitStatus::Code(code)) => return Ok(ProcessExit::Code(code)),
                     Some(ExitStatus::Signal(signal)) => return Ok(ProcessExit::Signal(signal)),
                     None => return Err(Fault::new(Code::Internal, "it ended without a status")),
                 },
-                // It runs for longer than questions are held.
-                Err(fault) if fault.code == Code::DeadlineExceeded => {}
                 Err(fault) => return Err(fault),
             }
         }
@@ -343,6 +370,17 @@ impl Router {
             stub.task_snapshot_filesystem(request).await
         });
         made.await.map(|made| made.image_id)
+    }
+}
+
+/// A pass that was given just now and is refused is none of the user's affair, as a token would be.
+fn refused(fault: Fault) -> Fault {
+    match fault.code {
+        Code::Unauthenticated => {
+            let message = format!("the worker refuses the pass that it gave: {}", fault.message);
+            Fault { code: Code::Aborted, message, ..fault }
+        }
+        _ => fault,
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tonic::Code;
 use uuid::Uuid;
@@ -114,6 +115,9 @@ pub struct SandboxProcess {
     stdout: DuplexStream,
     stderr: DuplexStream,
     carriers: Vec<AbortHandle>,
+    /// Why one of the streams is lost, once it is.
+    lost: watch::Receiver<Option<Fault>>,
+    patience: Duration,
 }
 
 /// A sandbox that Modal knows.
@@ -415,7 +419,10 @@ impl Sandbox {
                 _ => self.explain(&fault, "a process in the Modal sandbox"),
             });
         }
+        let (lose, lost) = watch::channel(None);
         let mut process = SandboxProcess {
+            lost,
+            patience,
             router: Arc::clone(router),
             client: self.inner.client.clone(),
             exec: exec.clone(),
@@ -427,13 +434,14 @@ impl Sandbox {
         let (near, far) = tokio::io::duplex(PIPE_BYTES);
         let stdin = Stdin::new(Arc::clone(router), exec.clone(), far, patience);
         // It ends by itself, with the end of what it carries: a process whose stdin is dropped is told.
-        tokio::spawn(stdin.run());
+        tokio::spawn(carried(stdin.run(), lose.clone()));
         process.stdin = Some(near);
         for descriptor in [Descriptor::Stdout, Descriptor::Stderr] {
             let (near, sink) = tokio::io::duplex(PIPE_BYTES);
             let (router, exec) = (Arc::clone(router), exec.clone());
             let output = Output { router, exec, descriptor, sink, patience };
-            process.carriers.push(tokio::spawn(output.run()).abort_handle());
+            let carrier = tokio::spawn(carried(output.run(), lose.clone()));
+            process.carriers.push(carrier.abort_handle());
             match descriptor {
                 Descriptor::Stdout => process.stdout = near,
                 Descriptor::Stderr => process.stderr = near,
@@ -560,7 +568,7 @@ impl SandboxProcess {
     ///
     /// [`Error::Unavailable`] when the sandbox has ended before, or Modal doesn't answer.
     pub async fn wait(&self) -> Result<ProcessExit> {
-        let waited = self.router.wait(&self.exec).await;
+        let waited = self.router.wait(&self.exec, self.patience).await;
         waited.map_err(|fault| self.client.explain(&fault, "a process in the Modal sandbox"))
     }
 
@@ -574,9 +582,21 @@ impl SandboxProcess {
         self.stdin.as_mut()
     }
 
+    /// Why one of its streams is lost, once it is.
+    pub(super) fn lost(&self) -> watch::Receiver<Option<Fault>> {
+        self.lost.clone()
+    }
+
     /// Takes the streams that a session is carried by.
     pub(super) fn take_streams(&mut self) -> (DuplexStream, Option<DuplexStream>) {
         (std::mem::replace(&mut self.stdout, tokio::io::duplex(1).0), self.stdin.take())
+    }
+}
+
+/// Notes why a stream is lost, if it is.
+async fn carried(run: impl Future<Output = Result<(), Fault>>, lose: watch::Sender<Option<Fault>>) {
+    if let Err(fault) = run.await {
+        lose.send_replace(Some(fault));
     }
 }
 

@@ -16,7 +16,7 @@ use tonic::Code;
 
 use super::fault::Fault;
 use super::proto::task_command_router as wire;
-use super::retry::{Persistence, Rules};
+use super::retry::{Persistence, Rules, WORKED_TIME};
 use super::router::Router;
 
 /// Bytes that may be on their way on the long call. With more, the worker is asked.
@@ -29,8 +29,8 @@ const PIECES_WAITING: usize = 4;
 const CALL_BYTES: usize = 4 << 20;
 /// How long more bytes are waited for before such a call is made.
 const GATHER_TIME: Duration = Duration::from_millis(2);
-/// A long call that lasted for so long was one that worked.
-const WORKED_TIME: Duration = Duration::from_secs(5);
+/// Shorter pieces are copied: the buffer that they came in is many times as long.
+const COPIED_BYTES: usize = 64 << 10;
 
 /// A process's stdin, seen from here.
 pub(super) struct Stdin {
@@ -101,22 +101,18 @@ impl Stdin {
                     self.streams = false;
                 }
                 StreamEnd::Broken(fault) => {
-                    if fault.code == Code::Unauthenticated {
-                        self.router.refresh().await?;
-                    }
-                    let fault = match fault.code {
-                        // A second refusal in a row is final all the same.
-                        Code::Unauthenticated => Fault { code: Code::Unavailable, ..fault },
-                        _ => fault,
-                    };
-                    let Some(pause) = persistence.pause(&fault) else { return Err(fault) };
-                    tokio::time::sleep(pause).await;
+                    let lasted = since.elapsed();
+                    self.router.recover(&mut persistence, fault).await?;
                     if self.confirm().await? {
                         return Ok(());
                     }
+                    // The worker has answered by now, so that the call did get there.
+                    if lasted > WORKED_TIME {
+                        persistence.progressed();
+                    }
                 }
             }
-            if self.confirmed > before || since.elapsed() > WORKED_TIME {
+            if self.confirmed > before {
                 persistence.progressed();
             }
         }
@@ -262,7 +258,12 @@ async fn read(source: &mut DuplexStream, buffer: &mut BytesMut) -> Bytes {
     buffer.reserve(PIECE_BYTES);
     // Nothing else goes wrong with a stream in memory.
     let _ = source.read_buf(buffer).await;
-    buffer.split().freeze()
+    if buffer.len() > COPIED_BYTES {
+        return buffer.split().freeze();
+    }
+    let piece = Bytes::copy_from_slice(buffer);
+    buffer.clear();
+    piece
 }
 
 fn data(piece: Bytes) -> wire::TaskExecStdinWriteStreamRequest {

@@ -1,14 +1,13 @@
 //! Bytes from a process in a sandbox: each of them once, whatever becomes of the connection.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use tokio::io::{AsyncWriteExt, DuplexStream};
-use tonic::Code;
 
 use super::fault::Fault;
-use super::retry::{Persistence, Rules};
+use super::retry::{Persistence, Rules, WORKED_TIME};
 use super::router::{Descriptor, Router};
 
 /// A process's stdout or stderr, seen from here.
@@ -28,30 +27,29 @@ impl Output {
     /// The fault that could not be mended in time.
     pub(super) async fn run(mut self) -> Result<(), Fault> {
         let mut persistence = Persistence::new(Rules::router(None).patient(self.patience));
-        let (mut offset, mut is_refreshed) = (0, false);
+        let mut offset = 0;
         loop {
-            let before = offset;
-            let fault = match self.follow(&mut offset).await {
+            let (before, mut opened) = (offset, None);
+            let fault = match self.follow(&mut offset, &mut opened).await {
                 Ok(()) => return Ok(()),
                 Err(fault) => fault,
             };
-            if offset > before {
+            let lasted = opened.map(|since: Instant| since.elapsed());
+            if offset > before || lasted.is_some_and(|lasted| lasted > WORKED_TIME) {
                 persistence.progressed();
-                is_refreshed = false;
             }
-            if fault.code == Code::Unauthenticated && !is_refreshed {
-                self.router.refresh().await?;
-                is_refreshed = true;
-                continue;
-            }
-            let Some(pause) = persistence.pause(&fault) else { return Err(fault) };
-            tokio::time::sleep(pause).await;
+            self.router.recover(&mut persistence, fault).await?;
         }
     }
 
     /// Reads from an offset on, for as long as the connection lasts.
-    async fn follow(&mut self, offset: &mut u64) -> Result<(), Fault> {
+    async fn follow(
+        &mut self,
+        offset: &mut u64,
+        opened: &mut Option<Instant>,
+    ) -> Result<(), Fault> {
         let mut stream = self.router.read(&self.exec, *offset, self.descriptor).await?;
+        *opened = Some(Instant::now());
         while let Some(message) = stream.next().await {
             let data = message?.data;
             if self.sink.write_all(&data).await.is_err() {

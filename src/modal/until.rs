@@ -1,4 +1,5 @@
-//! A stream that ends when the sandbox does, though its connection may not have noticed.
+//! A stream that ends when the sandbox does, though its connection may not have noticed, or when the
+//! stream of the other direction is lost.
 
 use std::future::Future;
 use std::io;
@@ -10,8 +11,9 @@ use tokio::io::{AsyncRead, DuplexStream, ReadBuf};
 use tokio::sync::watch;
 
 use super::ending::Ending;
+use super::fault::Fault;
 
-/// What may still arrive of a sandbox that has ended.
+/// What may still arrive of a sandbox that has ended, or takes nothing more.
 const DRAIN_TIME: Duration = Duration::from_secs(1);
 
 type Ended = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
@@ -23,15 +25,28 @@ pub(super) struct Until {
 }
 
 impl Until {
-    pub(super) fn new(stream: DuplexStream, mut ending: watch::Receiver<Option<Ending>>) -> Self {
+    /// `ending` tells of the sandbox, `lost` of the streams of the process.
+    pub(super) fn new(
+        stream: DuplexStream,
+        ending: watch::Receiver<Option<Ending>>,
+        lost: watch::Receiver<Option<Fault>>,
+    ) -> Self {
         let ended = async move {
-            if ending.wait_for(Option::is_some).await.is_err() {
-                // Nobody watches: the connection alone tells.
-                std::future::pending::<()>().await;
+            tokio::select! {
+                () = some(ending) => {}
+                () = some(lost) => {}
             }
             tokio::time::sleep(DRAIN_TIME).await;
         };
         Self { stream, ended: Box::pin(ended) }
+    }
+}
+
+/// Waits until there is something.
+async fn some<T>(mut news: watch::Receiver<Option<T>>) {
+    if news.wait_for(Option::is_some).await.is_err() {
+        // Nobody is left who could tell.
+        std::future::pending::<()>().await;
     }
 }
 

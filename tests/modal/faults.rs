@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use kaa::modal::{ModalBackend, ModalOptions};
-use kaa::{Backend, EnvironmentExt, EnvironmentOptions, Outcome};
+use kaa::modal::{ModalBackend, ModalOptions, ProcessExit, SandboxSpec};
+use kaa::{Backend, Environment, EnvironmentExt, EnvironmentOptions, Outcome};
 use tonic::Code;
 
 use crate::cloud::{Fault, StandIn, StandInOptions};
@@ -123,12 +123,80 @@ async fn a_network_that_is_lost_in_the_middle_of_a_cell_costs_nothing() {
     session.close().await.expect("the end");
 }
 
+/// A session that gives a lost network so many seconds.
+async fn patient(stand_in: &StandIn, seconds: u64) -> Box<dyn Environment> {
+    let patience = Duration::from_secs(seconds);
+    let options = ModalOptions { patience, ..ModalOptions::default() };
+    let backend = ModalBackend::connect(config(stand_in), options, &|_| {}).await.expect("it");
+    backend.open(EnvironmentOptions::default()).await.expect("a session")
+}
+
+/// Patience begins when something breaks, not when the session does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_older_than_its_patience_outlives_breaks() {
+    let stand_in = stand_in().await;
+    let mut session = patient(&stand_in, 2).await;
+    session.execute("a = 1").await.expect("a cell");
+    for _ in 0..2 {
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        stand_in.cut_connections();
+    }
+    let quiet = "import time\ntime.sleep(6)\nprint('done', a)";
+    let cutting = async {
+        for _ in 0..2 {
+            tokio::time::sleep(Duration::from_millis(2500)).await;
+            stand_in.cut_connections();
+        }
+    };
+    let (cell, ()) = tokio::join!(session.execute(quiet), cutting);
+    assert_eq!(cell.expect("a quiet cell").stdout.text(), "done 1\n");
+    session.close().await.expect("the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passes_may_expire_again_and_again_in_a_quiet_session() {
+    let stand_in = stand_in().await;
+    let mut session = crate::session(&stand_in).await;
+    session.execute("a = 1").await.expect("a cell");
+    for _ in 0..3 {
+        // Both streams, and the control plane is out of reach for a moment as well.
+        for _ in 0..2 {
+            stand_in.fault("TaskExecStdioRead", Fault::Unauthenticated);
+        }
+        for _ in 0..4 {
+            let fault = Fault::Before(Code::Unavailable);
+            stand_in.fault("SandboxGetCommandRouterAccess", fault);
+        }
+        stand_in.cut_connections();
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+    }
+    let cell = session.execute("a").await.expect("another cell");
+    assert_eq!(cell.value.as_deref(), Some("1"));
+    session.close().await.expect("the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_is_waited_for_through_an_outage() {
+    let stand_in = stand_in().await;
+    let client = crate::client(&stand_in).await;
+    let sandbox = client.create_sandbox(&SandboxSpec::default(), &|_| {}).await.expect("a sandbox");
+    let process = sandbox.exec(&["sh", "-c", "sleep 14; exit 7"], &[]).await.expect("a process");
+    let outage = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        stand_in.refuse_connections(true);
+        stand_in.cut_connections();
+        tokio::time::sleep(Duration::from_secs(12)).await;
+        stand_in.refuse_connections(false);
+    };
+    let (exit, ()) = tokio::join!(process.wait(), outage);
+    assert_eq!(exit.expect("how it ended"), ProcessExit::Code(7));
+    sandbox.terminate().await.expect("the end");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_network_that_stays_away_ends_the_session_with_words() {
     let stand_in = stand_in().await;
-    let options = ModalOptions { patience: Duration::from_secs(1), ..ModalOptions::default() };
-    let backend = ModalBackend::connect(config(&stand_in), options, &|_| {}).await.expect("it");
-    let mut session = backend.open(EnvironmentOptions::default()).await.expect("a session");
+    let mut session = patient(&stand_in, 1).await;
     stand_in.refuse_connections(true);
     stand_in.cut_connections();
     let error = session.execute("1").await.expect_err("there is no network");

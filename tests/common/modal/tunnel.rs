@@ -22,7 +22,11 @@ use super::wire::Network;
 
 /// Carries connections to a Unix socket on to a port of the network that it runs in.
 const FORWARD: &str = r#"
-import socket, sys, threading
+import os, socket, sys, threading
+def end():
+    os.read(0, 1)
+    os._exit(0)
+threading.Thread(target=end, daemon=True).start()
 def carry(a, b):
     try:
         while data := a.recv(1 << 16):
@@ -125,8 +129,9 @@ impl Way {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/proc/{anchor}/ns/net"));
         command.args(["--", "python3", "-c", FORWARD]).arg(&path).arg(port.to_string());
-        let child =
-            command.stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true).spawn()?;
+        // The end of its stdin ends it, too, when this process goes without a word.
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        let child = command.kill_on_drop(true).spawn()?;
         Ok(Self::Socket(path, Box::new(child)))
     }
 
