@@ -48,7 +48,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 pub struct BrokerOptions {
     /// How long the broker may take to be there; 60 s by default.
     pub ready_timeout: Duration,
-    /// How long it may be out of reach before it is taken for gone; 30 s by default.
+    /// How long it may be out of reach, from the first poll that failed, before it is taken for gone; 30 s
+    /// by default.
     pub gone_after: Duration,
     /// How long a poll waits for requests; 20 s by default, at most 60 s.
     pub poll: Duration,
@@ -101,7 +102,7 @@ impl Broker {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if an argument can't be used, [`Error::Io`] if the certificates can't be read,
+    /// [`Error::Invalid`] if an argument can't be used, among them a URL of plain HTTP to another machine, [`Error::Io`] if the certificates can't be read,
     /// [`Error::Unavailable`] if the broker isn't there within `ready_timeout`.
     pub async fn connect(url: &str, token: Secret, options: BrokerOptions) -> Result<Self> {
         let refuse = |reason: &str| Err(Error::invalid("broker url", reason));
@@ -110,6 +111,11 @@ impl Broker {
         };
         if !matches!(url.scheme(), "http" | "https") || !url.has_host() {
             return refuse("it must begin with https:// or http:// and a host");
+        }
+        if url.scheme() == "http" && !is_loopback(&url) {
+            return refuse(
+                "the token would be readable on the way; write https://, or this machine",
+            );
         }
         if token.expose().is_empty() || token.expose().contains(|c: char| !c.is_ascii_graphic()) {
             return Err(Error::invalid("broker token", "it must be ASCII without spaces"));
@@ -197,6 +203,12 @@ impl Broker {
             _ => Err(Fault::Passing(format!("HTTP {}", status.as_u16()))),
         }
     }
+}
+
+/// Whether an address is this machine's own.
+fn is_loopback(url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// What lies at the bottom of an error, without the address.

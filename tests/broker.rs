@@ -219,19 +219,25 @@ fn an_item_is_handed_out_once_and_again_when_it_was_lost() {
 
 #[test]
 fn what_nobody_waits_for_any_more_is_gone() {
-    let broker = Running::start(&json!({}));
+    let broker = Running::start(&json!({"return_seconds": 1}));
     let late = broker.enqueue(json!({"type": "single", "timeout": 1}));
     let [id] = &broker.ids("wait=10")[..] else { panic!("one item was asked") };
     assert_eq!(broker.pending(&format!("wait=10&held={id}"))["gone"], json!([id]));
     let (status, said) = late.join().unwrap();
     assert_eq!((status, &said["error"]), (504, &json!("Request timed out")));
 
-    let body = json!({"type": "single"}).to_string();
-    let stream = broker.send(&head("POST", "/enqueue", GUEST, Some(&body)));
-    let [id] = &broker.ids("wait=10")[..] else { panic!("one item was asked") };
-    stream.shutdown(Shutdown::Both).unwrap();
-    let found = broker.pending(&format!("wait=10&held={id}"));
-    assert_eq!(found, json!({"pending": [], "gone": [id]}));
+    // Whoever chose an id may come back for the answer, for a while.
+    for (body, is_waited_for) in
+        [(json!({"type": "single"}), false), (json!({"type": "single", "id": "chosen"}), true)]
+    {
+        let stream = broker.send(&head("POST", "/enqueue", GUEST, Some(&body.to_string())));
+        let [id] = &broker.ids("wait=10")[..] else { panic!("one item was asked") };
+        stream.shutdown(Shutdown::Both).unwrap();
+        let since = Instant::now();
+        let found = broker.pending(&format!("wait=10&held={id}"));
+        assert_eq!(found, json!({"pending": [], "gone": [id]}));
+        assert_eq!(since.elapsed() >= Duration::from_secs(1), is_waited_for, "{body}");
+    }
 }
 
 #[test]
@@ -477,6 +483,78 @@ async fn a_host_that_takes_over_answers_what_is_left() {
     serving.abort();
 }
 
+/// Something that isn't a broker: it says this to each poll, but to the first ones, which it lets hang,
+/// and counts the polls.
+async fn impostor(says: Json, silent: usize) -> (u16, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let polls = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&polls);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let (says, count) = (says.to_string(), Arc::clone(&count));
+            tokio::spawn(async move {
+                let mut asked = vec![0; 1 << 16];
+                while let Ok(size @ 1..) = stream.read(&mut asked).await {
+                    let asked = String::from_utf8_lossy(&asked[..size]).into_owned();
+                    if asked.contains("/pending") && count.fetch_add(1, SeqCst) < silent {
+                        std::future::pending::<()>().await;
+                    }
+                    let says = if asked.contains("/pending") { says.as_str() } else { "{}" };
+                    let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", says.len());
+                    stream.write_all((head + says).as_bytes()).await.unwrap();
+                }
+            });
+        }
+    });
+    (port, polls)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_is_under_way_than_allowed_whatever_the_broker_says() {
+    let item = |n: usize| {
+        let request = json!({"type": "single", "prompt": "hi", "depth": 1}).to_string();
+        let id = if n.is_multiple_of(2) { n.to_string() } else { format!("{n} \r\n") };
+        json!({"id": id, "timeout": 60, "request": request})
+    };
+    let items: Vec<Json> = (0..500).map(item).collect();
+    let (port, polls) = impostor(json!({"pending": items, "gone": []}), 0).await;
+    let options = BrokerOptions { concurrency: 2, ..BrokerOptions::default() };
+    let url = format!("http://127.0.0.1:{port}");
+    let host = Broker::connect(&url, Secret::new(HOST), options).await.unwrap();
+    let stuck = Together::new(1000);
+    let calls = Arc::clone(&stuck);
+    let serving = tokio::spawn(async move { host.serve(stuck).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(calls.calls.load(SeqCst), 2);
+    // Nor is it asked without end what it says at once.
+    assert!(polls.load(SeqCst) <= 25, "{} polls", polls.load(SeqCst));
+    serving.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poll_without_an_answer_is_tried_again() {
+    let request = json!({"type": "single", "prompt": "hi", "depth": 1}).to_string();
+    let items = json!([{"id": "a", "timeout": 60, "request": request}]);
+    let (port, polls) = impostor(json!({"pending": items, "gone": []}), 1).await;
+    let short = Duration::from_millis(300);
+    let options = BrokerOptions {
+        poll: short,
+        timeout: short,
+        gone_after: short * 2,
+        ..BrokerOptions::default()
+    };
+    let url = format!("http://127.0.0.1:{port}");
+    let host = Broker::connect(&url, Secret::new(HOST), options).await.unwrap();
+    let handler = Together::new(1);
+    let calls = Arc::clone(&handler);
+    let serving = tokio::spawn(async move { host.serve(handler).await });
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert!(!serving.is_finished() && calls.calls.load(SeqCst) == 1 && polls.load(SeqCst) > 1);
+    serving.abort();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_gone_or_refuses_ends_serving() {
     let broker = Running::start(&json!({}));
@@ -493,6 +571,14 @@ async fn a_broker_that_is_gone_or_refuses_ends_serving() {
     let error = serving.await.unwrap();
     assert!(matches!(error, Error::Unavailable { .. }), "{error}");
     assert!(error.to_string().contains("out of reach for 1s"), "{error}");
+
+    for url in
+        ["ftp://127.0.0.1", "http://broker.example", "http://192.0.2.1:80", "broker", "https://"]
+    {
+        let refused = Broker::connect(url, Secret::new(HOST), BrokerOptions::default()).await;
+        let error = refused.unwrap_err();
+        assert!(error.to_string().starts_with("broker url"), "{url}: {error}");
+    }
 
     let options =
         BrokerOptions { ready_timeout: Duration::from_millis(300), ..BrokerOptions::default() };

@@ -52,13 +52,17 @@ impl Broker {
             held: HashMap::new(),
             kept: Kept::default(),
         };
-        let mut reached = Instant::now();
+        // Since when each poll has failed: one that waited for an answer in vain is a fault of now.
+        let mut failing: Option<Instant> = None;
         let mut pause = BACKOFF.0;
         loop {
             match desk.poll().await {
                 Some(Ok(found)) => {
-                    (reached, pause) = (Instant::now(), BACKOFF.0);
-                    desk.take(&found);
+                    (failing, pause) = (None, BACKOFF.0);
+                    if !desk.take(&found) {
+                        // Whoever has nothing to say takes its time, or else is made to.
+                        sleep(BACKOFF.0).await;
+                    }
                 }
                 Some(Err(Fault::Refused(
                     status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN),
@@ -70,7 +74,8 @@ impl Broker {
                     );
                 }
                 Some(Err(Fault::Passing(reason) | Fault::Refused(_, reason))) => {
-                    if reached.elapsed() >= self.options.gone_after {
+                    let since = *failing.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.options.gone_after {
                         let waited = self.options.gone_after;
                         return self.gone(&format!("out of reach for {waited:?}: {reason}"));
                     }
@@ -160,10 +165,12 @@ impl Desk {
         self.held.retain(|_, held| held.call.id() != task);
     }
 
-    /// Begins with what was found, and stops what nobody waits for any more.
-    fn take(&mut self, found: &Json) {
+    /// Begins with what was found, and stops what nobody waits for any more. Whether there was anything.
+    fn take(&mut self, found: &Json) -> bool {
+        let mut any = false;
         for id in found["gone"].as_array().into_iter().flatten().filter_map(Json::as_str) {
             if let Some(held) = self.held.remove(id) {
+                any = true;
                 held.call.abort();
             }
         }
@@ -171,9 +178,14 @@ impl Desk {
             let (Some(id), Some(request)) = (item["id"].as_str(), item["request"].as_str()) else {
                 continue;
             };
-            if self.held.contains_key(id) {
+            if self.held.contains_key(id) || !is_identifier(id) {
                 continue;
             }
+            // What is more than was asked for comes from something else than a broker.
+            if self.calls.len() >= self.broker.options.concurrency {
+                break;
+            }
+            any = true;
             let seconds = item["timeout"].as_f64().unwrap_or(0.0).clamp(0.0, TIMEOUT_MAX);
             let key = (id.to_owned(), Sha256::digest(request).into());
             let known = self.kept.find(&key);
@@ -197,7 +209,14 @@ impl Desk {
             });
             self.held.insert(id.to_owned(), Held { call, bytes });
         }
+        any
     }
+}
+
+/// Whether a broker takes it for an id.
+fn is_identifier(id: &str) -> bool {
+    let is_fine = |c: char| c.is_ascii_alphanumeric() || "_.:-".contains(c);
+    (1..=64).contains(&id.len()) && id.chars().all(is_fine)
 }
 
 async fn answered(responder: Arc<dyn Responder>, text: String) -> Json {
