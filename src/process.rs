@@ -17,6 +17,7 @@ mod saved;
 mod turn;
 
 use std::fmt;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -132,6 +133,13 @@ pub(crate) trait Life: Send + Sync {
     ///
     /// What could not be given back.
     async fn close(&mut self) -> Result<()>;
+
+    /// Time that a turn may take beside its own when so many bytes go one way or the other: where the
+    /// line to the process is slow, or may be away for a while.
+    fn slack(&self, bytes: usize) -> Duration {
+        let _ = bytes;
+        Duration::ZERO
+    }
 
     /// The process ended though nobody asked it to, or said what no supervisor says: why, as far as
     /// the machine knows, and what to do about it. Bounded in time.

@@ -24,6 +24,8 @@ use crate::process::{Life, Machine, Owner, Started, Surroundings};
 
 /// What a session takes beside the worker's data: the supervisor, two interpreters' code.
 const OWN_BYTES: u64 = 128 << 20;
+/// What the slowest line carries that a session is kept over.
+const SLOW_BYTES_A_SECOND: usize = 1 << 20;
 /// How long the cause of an end may take to be known.
 const AUTOPSY_TIME: Duration = Duration::from_secs(5);
 /// What is read of a process's last words.
@@ -152,7 +154,7 @@ impl Machine for ModalMachine {
             let ground = Ground { app: &app, image: &image, secrets };
             let begun = async {
                 let sandbox = client.create(&spec, ground).await?;
-                let mut life = ModalLife::new(sandbox.clone(), bounds);
+                let mut life = ModalLife::new(sandbox.clone(), bounds, patience);
                 let calls = async {
                     match relay {
                         Some(relay) => relay.start(&sandbox).await.map(Some),
@@ -178,6 +180,8 @@ struct ModalLife {
     sandbox: Sandbox,
     process: Option<SandboxProcess>,
     bounds: Bounds,
+    /// How long its connection may be away.
+    patience: Duration,
     /// Where it's ended when nobody can wait for that.
     runtime: Handle,
     is_ended: bool,
@@ -187,7 +191,7 @@ struct ModalLife {
 }
 
 impl ModalLife {
-    fn new(sandbox: Sandbox, bounds: Bounds) -> Self {
+    fn new(sandbox: Sandbox, bounds: Bounds, patience: Duration) -> Self {
         let (send, ending) = watch::channel(None);
         let watched = sandbox.clone();
         let watcher = tokio::spawn(async move {
@@ -196,7 +200,7 @@ impl ModalLife {
             }
         });
         let runtime = Handle::current();
-        Self { sandbox, process: None, bounds, runtime, is_ended: false, ending, watcher }
+        Self { sandbox, process: None, bounds, patience, runtime, is_ended: false, ending, watcher }
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
@@ -273,6 +277,11 @@ impl Life for ModalLife {
         let ended = self.sandbox.terminate().await;
         self.is_ended = ended.is_ok();
         ended
+    }
+
+    fn slack(&self, bytes: usize) -> Duration {
+        let seconds = bytes / SLOW_BYTES_A_SECOND;
+        self.patience + Duration::from_secs(seconds as u64)
     }
 
     async fn autopsy(&mut self) -> Error {

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::limits::{Limit, Limits, Usage};
 use crate::lm::{Ledger, UsageSummary};
 use crate::policy::Clock;
-use crate::protocol::Message;
+use crate::protocol::{CALL_BYTES_MAX, Message};
 use crate::snapshot::Snapshot;
 use crate::tenant::{Seat, Turn as Permit};
 use crate::value::Value;
@@ -207,15 +207,16 @@ impl ProcessEnvironment {
     /// One turn that isn't a cell.
     async fn service(&mut self, request: Request) -> Result<Message> {
         let Request { what, message } = request;
+        let sent_bytes = message.body.len();
+        let slack = |guest: &Guest| guest.life.slack(sent_bytes + CALL_BYTES_MAX);
         let limits = Limits {
             compute: SERVICE_TIME,
-            wall: SERVICE_TIME,
+            wall: SERVICE_TIME + self.guest.as_ref().map_or(Duration::ZERO, slack),
             lm_calls: 0,
             tool_calls: 0,
             ..self.options.limits.clone()
         };
         self.signal.take();
-        let sent_bytes = message.body.len();
         let mut streams = Streams::new(0);
         let permit = self.permit().await?;
         let (end, _) = self.turn(message, &mut streams, &limits, permit).await?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kaa::modal::{ModalBackend, ModalOptions, ProcessExit, SandboxSpec};
-use kaa::{Backend, Environment, EnvironmentExt, EnvironmentOptions, Outcome};
+use kaa::{Backend, Context, Environment, EnvironmentExt, EnvironmentOptions, Outcome};
 use tonic::Code;
 
 use crate::cloud::{Fault, StandIn, StandInOptions};
@@ -129,6 +129,26 @@ async fn patient(stand_in: &StandIn, seconds: u64) -> Box<dyn Environment> {
     let options = ModalOptions { patience, ..ModalOptions::default() };
     let backend = ModalBackend::connect(config(stand_in), options, &|_| {}).await.expect("it");
     backend.open(EnvironmentOptions::default()).await.expect("a session")
+}
+
+/// The time that a large context takes isn't taken from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_that_is_lost_under_a_context_costs_nothing() {
+    let stand_in = stand_in().await;
+    let mut session = crate::session(&stand_in).await;
+    let context = Context::Text(vec![b'z'; 30_000_000]);
+    let outage = async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        stand_in.refuse_connections(true);
+        stand_in.cut_connections();
+        tokio::time::sleep(Duration::from_secs(33)).await;
+        stand_in.refuse_connections(false);
+    };
+    let (index, ()) = tokio::join!(session.add_context(context, None), outage);
+    assert_eq!(index.expect("a context"), 0);
+    let cell = session.execute("len(context)").await.expect("a cell");
+    assert_eq!(cell.value.as_deref(), Some("30000000"));
+    session.close().await.expect("the end");
 }
 
 /// Patience begins when something breaks, not when the session does.
