@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use cloud::{StandIn, StandInOptions};
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest};
-use kaa::modal::{ModalBackend, ModalOptions};
+use kaa::modal::{Carrier, ModalBackend, ModalOptions};
 use kaa::{Backend, Context, Environment, EnvironmentExt, EnvironmentOptions, Limits, Outcome};
 
 const CONTEXT_BYTES: usize = 100_000_000;
@@ -48,8 +48,14 @@ async fn main() {
     let round_trip = Duration::from_millis(millis);
     let options = StandInOptions { round_trip, ..StandInOptions::default() };
     let stand_in = StandIn::start(options).await;
+    for carrier in [Carrier::Stdio, Carrier::Broker { port: 8080 }] {
+        measure(&stand_in, carrier, millis).await;
+    }
+}
+
+async fn measure(stand_in: &StandIn, carrier: Carrier, millis: u64) {
     let since = Instant::now();
-    let options = ModalOptions::default();
+    let options = ModalOptions { carrier, ..ModalOptions::default() };
     let backend = ModalBackend::connect(stand_in.config(), options, &|_| {}).await.unwrap();
     let connected = since.elapsed();
     let limits = Limits { lm_calls: u32::MAX, memory_bytes: 2 << 30, ..Limits::default() };
@@ -63,7 +69,7 @@ async fn main() {
     let trips = |ms: f64| ms / millis.max(1) as f64;
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     println!(
-        "line: {millis} ms; connect: {:.1} trips; open: {:.1} trips",
+        "{carrier:?}, line: {millis} ms; connect: {:.1} trips; open: {:.1} trips",
         trips(ms(connected)),
         trips(ms(opened))
     );

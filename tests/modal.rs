@@ -1,5 +1,7 @@
 //! Sessions in Modal's sandboxes, over a stand-in of Modal: what breaks on the way, and what is left.
 
+#[path = "modal/carrier.rs"]
+mod carrier;
 #[path = "common/modal.rs"]
 mod cloud;
 #[path = "modal/endings.rs"]

@@ -24,6 +24,9 @@ use super::world::World;
 /// Brings up loopback where `ip` is there, and becomes what comes after it.
 const LOOPBACK: &str = r#"ip link set lo up 2>/dev/null; exec "$@""#;
 
+/// Where sessions make their directories.
+const SESSION_SCRATCH: &str = "/tmp/kaa-";
+
 /// Whether this user may make networks.
 pub(super) fn can_isolate() -> bool {
     let mut command = std::process::Command::new("unshare");
@@ -54,6 +57,8 @@ pub(crate) struct Sandbox {
     network: Option<PathBuf>,
     result: watch::Sender<Option<GenericResult>>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
+    /// Directories that sessions make.
+    scratch: Mutex<Vec<PathBuf>>,
     started: AtomicUsize,
 }
 
@@ -92,6 +97,7 @@ impl Sandbox {
             network: None,
             result: watch::Sender::new(None),
             execs: Mutex::default(),
+            scratch: Mutex::default(),
             started: AtomicUsize::new(0),
         };
         if world.can_isolate && sandbox.network_type() != NetworkAccessType::Open {
@@ -200,6 +206,9 @@ impl Sandbox {
         drop(execs);
         if is_first {
             procs::kill_all(&self.mark, self.network.as_ref());
+            for folder in self.scratch.lock().unwrap().drain(..) {
+                let _ = std::fs::remove_dir_all(folder);
+            }
         }
     }
 
@@ -249,6 +258,9 @@ impl Sandbox {
             .map_err(|error| Status::invalid_argument(format!("workdir: {error}")))?;
         let mut all: HashMap<String, String> = self.env.iter().cloned().collect();
         all.extend(env);
+        // A sandbox's own `/tmp` would go with it; this one is the machine's.
+        let scratch = all.get("TMPDIR").filter(|path| path.starts_with(SESSION_SCRATCH));
+        self.scratch.lock().unwrap().extend(scratch.map(PathBuf::from));
         let path = all.get("PATH").cloned().unwrap_or_default();
         let program = found(program, &path, &folder)
             .ok_or_else(|| cannot_start(arguments, "executable file not found in $PATH"))?;
