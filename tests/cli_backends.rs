@@ -6,16 +6,18 @@
 
 #[path = "common/packages.rs"]
 mod packages;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/required.rs"]
 mod required;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output, Stdio};
+use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use program::{ANSWERS, Case, Place, fails, ok, text};
 use serde_json::Value as Json;
 
 const NOT_ISOLATED: &str = "kaa: local sessions are not isolated: ";
@@ -27,91 +29,6 @@ const DILL_IMAGE: &str = "kaa-test:dill";
 const STUBBORN: &str = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n\
                         while True: pass";
 const SHORT: &str = "--compute 100ms --grace 100ms";
-/// A script that searches its context by a cell, and answers.
-const ANSWERS: &str = r#"{
-    "rules": [{"contains": "kaa-42", "response": "FINAL(found kaa-42)"}],
-    "default": {"response": "```repl\nprint([line for line in context.split('\\n') if 'needle' in line])\n```"}
-}"#;
-
-/// What one command line must do: `stdout` is all of it, and stderr has every one of these parts.
-struct Case<'a> {
-    words: &'a str,
-    cells: &'a [&'a str],
-    stdin: &'a str,
-    code: i32,
-    stdout: &'a str,
-    stderr: &'a [&'a str],
-}
-
-/// One that succeeds.
-fn ok<'a>(words: &'a str, cells: &'a [&'a str], stdout: &'a str) -> Case<'a> {
-    Case { words, cells, stdin: "", code: 0, stdout, stderr: &[] }
-}
-
-/// One that ends with `code` and prints nothing.
-fn fails<'a>(words: &'a str, cells: &'a [&'a str], code: i32, stderr: &'a [&'a str]) -> Case<'a> {
-    Case { words, cells, stdin: "", code, stdout: "", stderr }
-}
-
-/// A directory in which the program runs, and what every one of its command lines begins with.
-struct Place {
-    directory: tempfile::TempDir,
-    backend: String,
-}
-
-impl Place {
-    fn new(backend: impl Into<String>) -> Self {
-        Self { directory: tempfile::tempdir().unwrap(), backend: backend.into() }
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.directory.path().join(name), text).unwrap();
-    }
-
-    /// Runs `command WORDS`, on the place's backend unless the words name one.
-    fn run(&self, words: &str, cells: &[&str], stdin: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kaa"));
-        let (name, rest) = words.split_once(' ').unwrap_or((words, ""));
-        let directory = self.directory.path();
-        // Empty: nothing that isn't in WebAssembly needs anything of it.
-        command.current_dir(directory).env("KAA_CACHE", directory.join("cache")).arg(name);
-        // Nobody's account at Modal is used.
-        for (variable, _) in std::env::vars_os() {
-            if variable.to_string_lossy().starts_with("MODAL_") {
-                command.env_remove(variable);
-            }
-        }
-        command.env("MODAL_CONFIG_PATH", directory.join("no.toml"));
-        if ["run", "repl", "complete"].contains(&name) && !rest.contains("--backend") {
-            command.args(self.backend.split_whitespace());
-        }
-        command.args(rest.split_whitespace());
-        command.args(cells.iter().flat_map(|cell| ["-c", cell]));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        // A program that doesn't read closes the pipe.
-        let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
-        child.wait_with_output().unwrap()
-    }
-
-    fn check(&self, cases: &[Case<'_>]) {
-        for case in cases {
-            let output = self.run(case.words, case.cells, case.stdin);
-            let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-            let seen =
-                format!("{} {:?}\nstdout: {stdout}\nstderr: {stderr}", case.words, case.cells);
-            assert_eq!(output.status.code(), Some(case.code), "{seen}");
-            assert_eq!(stdout, case.stdout, "{seen}");
-            for part in case.stderr {
-                assert!(stderr.contains(part), "{part:?} is not in stderr of {seen}");
-            }
-        }
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
