@@ -138,7 +138,11 @@ impl Machine for ModalMachine {
             let begun = async {
                 let sandbox = client.create(&spec, ground).await?;
                 let mut life = ModalLife::new(sandbox, bounds);
-                life.begin(command, patience).await?;
+                if let Err(error) = life.begin(command, patience).await {
+                    // Why it didn't begin is what has to be known.
+                    drop(life.close().await);
+                    return Err(error);
+                }
                 Ok(life)
             };
             drop(send.send(begun.await));
@@ -160,6 +164,8 @@ struct ModalLife {
     /// Where it's ended when nobody can wait for that.
     runtime: Handle,
     is_ended: bool,
+    /// Its end, if nobody waited for it so far.
+    end: Option<JoinHandle<Result<()>>>,
     /// How the sandbox ended, once it has.
     ending: watch::Receiver<Option<Ending>>,
     watcher: JoinHandle<()>,
@@ -175,7 +181,8 @@ impl ModalLife {
             }
         });
         let runtime = Handle::current();
-        Self { sandbox, process: None, bounds, runtime, is_ended: false, ending, watcher }
+        let (process, is_ended, end) = (None, false, None);
+        Self { sandbox, process, bounds, runtime, is_ended, end, ending, watcher }
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
@@ -238,13 +245,19 @@ impl Life for ModalLife {
             // With the runtime at its end the task is never run: then its timeout ends the sandbox, or
             // the next process that connects.
             let sandbox = self.sandbox.clone();
-            self.runtime.spawn(async move { drop(sandbox.terminate().await) });
+            self.end = Some(self.runtime.spawn(async move { sandbox.terminate().await }));
         }
     }
 
     async fn close(&mut self) -> Result<()> {
         self.watcher.abort();
         self.process = None;
+        if let Some(end) = self.end.take() {
+            return match end.await {
+                Ok(ended) => ended,
+                Err(_) => self.sandbox.terminate().await,
+            };
+        }
         if self.is_ended {
             return Ok(());
         }
