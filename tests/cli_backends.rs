@@ -13,8 +13,9 @@ mod required;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use program::{ANSWERS, Case, Place, fails, ok, text};
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         local("local_says_once_that_it_is_not_isolated", local_says_what_it_is),
         local("local_runs_cells", || runs_cells(&Place::new("--backend local"))),
         local("local_says_what_was_lost", || says_what_was_lost(&Place::new("--backend local"))),
+        local("sigterm_ends_a_run", sigterm_ends_a_run),
         local("local_repl_goes_on", || repl_goes_on(&Place::new("--backend local"))),
         local("local_answers_questions", || answers(&Place::new("--backend local"))),
         local("local_without_dill_says_so_first", without_dill),
@@ -276,6 +278,28 @@ fn says_what_was_lost(place: &Place) {
     let record: Json = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert_eq!((&record["poisoned"], &record["rolled_back"]), (&true.into(), &false.into()));
+}
+
+fn sigterm_ends_a_run() {
+    let place = Place::new("--backend local");
+    let mark = place.path("begun");
+    let begin = format!("open({:?}, 'w').close()", mark.display().to_string());
+    for cell in ["import time\ntime.sleep(600)", STUBBORN] {
+        let cell = format!("{begin}\n{cell}");
+        let child = place.spawn("run --grace 100ms", &[&cell, "print('more')"]);
+        let since = Instant::now();
+        while !mark.exists() {
+            assert!(since.elapsed() < Duration::from_secs(60), "the cell does not begin");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        fs::remove_file(&mark).unwrap();
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+        let output = place.ended(child);
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(143), "{stdout}{stderr}");
+        assert!(!stdout.contains("more"), "{stdout}");
+    }
 }
 
 fn repl_goes_on(place: &Place) {

@@ -10,9 +10,10 @@ use tokio::runtime::Runtime;
 use tonic::Code;
 
 use crate::Cloud;
-use crate::cloud::Fault;
-use crate::program::{fails, ok, text};
-use crate::run::{in_mid_cell, send};
+use crate::cloud::proto::client as wire;
+use crate::cloud::{Fault, StandInOptions};
+use crate::program::{Case, fails, ok, text};
+use crate::run::{LONG, in_mid_cell, send, sent};
 
 /// Sandboxes of all kinds, in two apps.
 struct Scene {
@@ -33,10 +34,7 @@ impl Scene {
     fn new() -> Self {
         let cloud = Cloud::new();
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let mut child = cloud.place.spawn(
-            "run",
-            &["import os, time\nopen(os.environ['HOME'] + '/begun', 'w').close()\ntime.sleep(600)"],
-        );
+        let mut child = cloud.place.spawn("run", &[LONG]);
         in_mid_cell(&cloud);
         let dead = cloud.begun().id;
         send(&child, "KILL");
@@ -143,7 +141,7 @@ fn only_what_dead_processes_left_is_ended() {
     assert_eq!(scene.running(), all);
     let ended = format!("{} ended\n", scene.dead);
     let case = ok("modal clean", &[], &ended);
-    scene.cloud.place.check(&[crate::program::Case { stderr: &[left], ..case }]);
+    scene.cloud.place.check(&[Case { stderr: &[left], ..case }]);
     let rest: BTreeSet<_> = all.iter().filter(|id| **id != scene.dead).cloned().collect();
     assert_eq!(scene.running(), rest);
     scene.cloud.place.check(&[fails("modal clean", &[], 0, &[left])]);
@@ -177,8 +175,27 @@ fn a_new_session_ends_what_a_dead_process_left_in_its_app() {
     let mut expected = set(&scene.foreign);
     expected.extend([scene.alive.clone(), scene.elsewhere.clone()]);
     assert_eq!(scene.running(), expected);
-    // More than one page of a list.
-    assert!(scene.list("").len() == 2);
+    assert_eq!(scene.list("").len(), 2);
+}
+
+#[test]
+fn the_environment_is_the_one_of_the_flag_or_of_the_variable() {
+    let mut cloud = Cloud::with(StandInOptions { record: true, ..StandInOptions::default() });
+    let asked = |cloud: &Cloud| {
+        let lists: Vec<wire::SandboxListRequest> = sent(cloud, "SandboxListV2");
+        lists.last().unwrap().environment_name.clone()
+    };
+    for (variable, words, expected) in [
+        ("", "modal list", ""),
+        ("", "modal list --environment staging", "staging"),
+        ("", "modal clean --environment staging", "staging"),
+        ("main", "modal list", "main"),
+        ("main", "modal clean --environment staging", "staging"),
+    ] {
+        cloud.place.set("MODAL_ENVIRONMENT", variable);
+        cloud.place.check(&[fails(words, &[], 0, &[])]);
+        assert_eq!(asked(&cloud), expected, "{variable:?} {words}");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::time::Duration;
 
 use prost::Message;
 use serde_json::Value as Json;
@@ -10,12 +11,12 @@ use serde_json::Value as Json;
 use crate::cloud::proto::client as wire;
 use crate::cloud::proto::client::network_access::NetworkAccessType;
 use crate::cloud::proto::client::secret_source::Source;
-use crate::cloud::{GenericStatus, StandInOptions};
+use crate::cloud::{Fault, GenericStatus, StandInOptions};
 use crate::program::{ANSWERS, Case, fails, ok, text};
 use crate::{Cloud, wait_for};
 
 /// A cell that says by a file that it runs, and goes on for longer than any test.
-const LONG: &str =
+pub(crate) const LONG: &str =
     "import os, time\nopen(os.environ['HOME'] + '/begun', 'w').close()\ntime.sleep(600)";
 /// The same, and no soft stop ends it.
 const STUBBORN: &str = "import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n\
@@ -97,7 +98,7 @@ fn a_record_says_what_became_of_a_cell() {
 }
 
 /// The messages of an RPC that arrived.
-fn sent<M: Message + Default>(cloud: &Cloud, rpc: &str) -> Vec<M> {
+pub(crate) fn sent<M: Message + Default>(cloud: &Cloud, rpc: &str) -> Vec<M> {
     let calls = cloud.stand_in.log().into_iter().filter(|call| call.rpc == rpc);
     calls.map(|call| M::decode(call.messages[0].clone()).unwrap()).collect()
 }
@@ -215,7 +216,7 @@ fn a_signal_ends_a_sandbox_that_is_being_made() {
     for (number, (words, signal, code)) in
         [("run", "INT", 130), ("run", "TERM", 143)].into_iter().enumerate()
     {
-        let delay = crate::cloud::Fault::Delay(std::time::Duration::from_secs(1));
+        let delay = Fault::Delay(Duration::from_secs(1));
         cloud.stand_in.fault("TaskExecStart", delay);
         let child = cloud.place.spawn(words, &["print(1)"]);
         wait_for("sandbox", || (!cloud.running().is_empty()).then_some(()));
