@@ -152,7 +152,7 @@ enum Ending {
     Limit,
     /// By Ctrl-C.
     Interrupted,
-    /// By `SIGTERM`.
+    /// By `SIGTERM`, or the end of its terminal.
     Terminated,
     /// With the finding that Kaa doesn't work here.
     Unusable,

@@ -210,6 +210,30 @@ fn a_signal_ends_the_sandbox_too() {
     }
 }
 
+/// Becomes the program, with SIGHUP as it is elsewhere, or as `nohup` makes it.
+const WITH_HANGUP: &str = "import os, signal, sys\n\
+                           signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))\n\
+                           os.execv(sys.argv[2], sys.argv[2:])";
+
+#[test]
+fn a_terminal_that_goes_ends_the_sandbox_unless_the_command_is_to_outlive_it() {
+    let mut cloud = Cloud::new();
+    let cell = LONG.replace("600", "2") + "\nprint('done')";
+    for (number, (hangup, code, stdout)) in
+        [("SIG_DFL", 143, ""), ("SIG_IGN", 0, "done\n")].into_iter().enumerate()
+    {
+        cloud.place.launcher = ["python3", "-c", WITH_HANGUP, hangup].map(str::to_owned).to_vec();
+        let child = cloud.place.spawn("run", &[&cell]);
+        in_mid_cell(&cloud);
+        send(&child, "HUP");
+        let output = cloud.place.ended(child);
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{hangup}: {stderr}");
+        assert_eq!(text(&output.stdout), stdout, "{hangup}: {stderr}");
+        assert_eq!(cloud.all_ended(hangup), number + 1);
+    }
+}
+
 #[test]
 fn a_signal_ends_a_sandbox_that_is_being_made() {
     let cloud = Cloud::new();

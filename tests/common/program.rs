@@ -44,6 +44,8 @@ pub(crate) struct Place {
     pub(crate) backend: String,
     /// Variables beside those of the tests.
     pub(crate) variables: Vec<(String, String)>,
+    /// What becomes the program, with its arguments, if that isn't started as it is.
+    pub(crate) launcher: Vec<String>,
     /// What no output may show.
     pub(crate) hidden: Vec<String>,
 }
@@ -54,6 +56,7 @@ impl Place {
             directory: tempfile::tempdir().unwrap(),
             backend: backend.into(),
             variables: Vec::new(),
+            launcher: Vec::new(),
             hidden: Vec::new(),
         }
     }
@@ -72,7 +75,9 @@ impl Place {
 
     /// Starts `command WORDS`, on the place's backend unless the words name one.
     pub(crate) fn spawn(&self, words: &str, cells: &[&str]) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kaa"));
+        let mut line = self.launcher.iter().map(String::as_str).chain([env!("CARGO_BIN_EXE_kaa")]);
+        let mut command = Command::new(line.next().unwrap());
+        command.args(line);
         let (name, rest) = words.split_once(' ').unwrap_or((words, ""));
         let directory: &Path = self.directory.path();
         // Empty: nothing that isn't in WebAssembly needs anything of it.
