@@ -29,6 +29,7 @@ mod record;
 mod repl;
 mod run;
 mod session;
+mod signals;
 mod snapshot;
 mod units;
 
@@ -44,6 +45,8 @@ const LIMIT: u8 = 124;
 const FAILED: u8 = 125;
 /// 128 and the number of `SIGINT`, as a shell reports it.
 const INTERRUPTED: u8 = 130;
+/// The same for `SIGTERM`.
+const TERMINATED: u8 = 143;
 
 const AFTER_HELP: &str = "\
 Exit status, of the last cell:
@@ -55,6 +58,7 @@ Exit status, of the last cell:
   125  Kaa itself could not do its job, or a cell cost a session that isn't wasm's its state and
        there were cells after it, which are not run then
   130  Ctrl-C
+  143  SIGTERM
 A cell may exit with these numbers too; `kaa run --json` tells them apart.
 
 Environment:
@@ -84,7 +88,8 @@ Exit status:
   2    wrong usage: a flag, or a file that a flag names
   124  a limit of the run ended it: --max-timeout, --max-budget, --max-tokens, --max-calls, --max-errors
   125  Kaa could not do its job, or the model could not be asked
-  130  Ctrl-C";
+  130  Ctrl-C
+  143  SIGTERM";
 
 /// Runs Python that nobody has read yet, in a WebAssembly sandbox.
 ///
@@ -147,6 +152,8 @@ enum Ending {
     Limit,
     /// By Ctrl-C.
     Interrupted,
+    /// By `SIGTERM`, or the end of its terminal.
+    Terminated,
     /// With the finding that Kaa doesn't work here.
     Unusable,
 }
@@ -243,6 +250,7 @@ fn exit_code(result: &Result<Ending, Failure>) -> u8 {
         Ok(Ending::Cell(outcome)) => (cell_code(*outcome) & 0xff) as u8,
         Ok(Ending::Limit) => LIMIT,
         Ok(Ending::Interrupted) => INTERRUPTED,
+        Ok(Ending::Terminated) => TERMINATED,
         Ok(Ending::Unusable) | Err(Failure::Failed(_)) => FAILED,
         Err(Failure::Usage(_)) => USAGE,
     }

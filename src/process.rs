@@ -126,8 +126,8 @@ pub(crate) trait Life: Send + Sync {
     /// Ends the process and all that it started, without waiting for that.
     fn kill(&mut self);
 
-    /// Ends the process and all that it started, and waits until nothing of it is left. Bounded in
-    /// time.
+    /// Ends the process and all that it started, and waits until nothing of it is left, also after
+    /// [`kill`](Self::kill) where nothing else would end it. Bounded in time.
     ///
     /// # Errors
     ///

@@ -6,16 +6,19 @@
 
 #[path = "common/packages.rs"]
 mod packages;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/required.rs"]
 mod required;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output, Stdio};
+use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use program::{ANSWERS, Case, Place, fails, ok, text};
 use serde_json::Value as Json;
 
 const NOT_ISOLATED: &str = "kaa: local sessions are not isolated: ";
@@ -27,91 +30,6 @@ const DILL_IMAGE: &str = "kaa-test:dill";
 const STUBBORN: &str = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun')\n\
                         while True: pass";
 const SHORT: &str = "--compute 100ms --grace 100ms";
-/// A script that searches its context by a cell, and answers.
-const ANSWERS: &str = r#"{
-    "rules": [{"contains": "kaa-42", "response": "FINAL(found kaa-42)"}],
-    "default": {"response": "```repl\nprint([line for line in context.split('\\n') if 'needle' in line])\n```"}
-}"#;
-
-/// What one command line must do: `stdout` is all of it, and stderr has every one of these parts.
-struct Case<'a> {
-    words: &'a str,
-    cells: &'a [&'a str],
-    stdin: &'a str,
-    code: i32,
-    stdout: &'a str,
-    stderr: &'a [&'a str],
-}
-
-/// One that succeeds.
-fn ok<'a>(words: &'a str, cells: &'a [&'a str], stdout: &'a str) -> Case<'a> {
-    Case { words, cells, stdin: "", code: 0, stdout, stderr: &[] }
-}
-
-/// One that ends with `code` and prints nothing.
-fn fails<'a>(words: &'a str, cells: &'a [&'a str], code: i32, stderr: &'a [&'a str]) -> Case<'a> {
-    Case { words, cells, stdin: "", code, stdout: "", stderr }
-}
-
-/// A directory in which the program runs, and what every one of its command lines begins with.
-struct Place {
-    directory: tempfile::TempDir,
-    backend: String,
-}
-
-impl Place {
-    fn new(backend: impl Into<String>) -> Self {
-        Self { directory: tempfile::tempdir().unwrap(), backend: backend.into() }
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.directory.path().join(name), text).unwrap();
-    }
-
-    /// Runs `command WORDS`, on the place's backend unless the words name one.
-    fn run(&self, words: &str, cells: &[&str], stdin: &str) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kaa"));
-        let (name, rest) = words.split_once(' ').unwrap_or((words, ""));
-        let directory = self.directory.path();
-        // Empty: nothing that isn't in WebAssembly needs anything of it.
-        command.current_dir(directory).env("KAA_CACHE", directory.join("cache")).arg(name);
-        // Nobody's account at Modal is used.
-        for (variable, _) in std::env::vars_os() {
-            if variable.to_string_lossy().starts_with("MODAL_") {
-                command.env_remove(variable);
-            }
-        }
-        command.env("MODAL_CONFIG_PATH", directory.join("no.toml"));
-        if ["run", "repl", "complete"].contains(&name) && !rest.contains("--backend") {
-            command.args(self.backend.split_whitespace());
-        }
-        command.args(rest.split_whitespace());
-        command.args(cells.iter().flat_map(|cell| ["-c", cell]));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        // A program that doesn't read closes the pipe.
-        let _ = child.stdin.take().unwrap().write_all(stdin.as_bytes());
-        child.wait_with_output().unwrap()
-    }
-
-    fn check(&self, cases: &[Case<'_>]) {
-        for case in cases {
-            let output = self.run(case.words, case.cells, case.stdin);
-            let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
-            let seen =
-                format!("{} {:?}\nstdout: {stdout}\nstderr: {stderr}", case.words, case.cells);
-            assert_eq!(output.status.code(), Some(case.code), "{seen}");
-            assert_eq!(stdout, case.stdout, "{seen}");
-            for part in case.stderr {
-                assert!(stderr.contains(part), "{part:?} is not in stderr of {seen}");
-            }
-        }
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
@@ -126,6 +44,7 @@ fn main() -> ExitCode {
         local("local_says_once_that_it_is_not_isolated", local_says_what_it_is),
         local("local_runs_cells", || runs_cells(&Place::new("--backend local"))),
         local("local_says_what_was_lost", || says_what_was_lost(&Place::new("--backend local"))),
+        local("sigterm_ends_a_run", sigterm_ends_a_run),
         local("local_repl_goes_on", || repl_goes_on(&Place::new("--backend local"))),
         local("local_answers_questions", || answers(&Place::new("--backend local"))),
         local("local_without_dill_says_so_first", without_dill),
@@ -359,6 +278,28 @@ fn says_what_was_lost(place: &Place) {
     let record: Json = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert_eq!((&record["poisoned"], &record["rolled_back"]), (&true.into(), &false.into()));
+}
+
+fn sigterm_ends_a_run() {
+    let place = Place::new("--backend local");
+    let mark = place.path("begun");
+    let begin = format!("open({:?}, 'w').close()", mark.display().to_string());
+    for cell in ["import time\ntime.sleep(600)", STUBBORN] {
+        let cell = format!("{begin}\n{cell}");
+        let child = place.spawn("run --grace 100ms", &[&cell, "print('more')"]);
+        let since = Instant::now();
+        while !mark.exists() {
+            assert!(since.elapsed() < Duration::from_secs(60), "the cell does not begin");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        fs::remove_file(&mark).unwrap();
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-s", "TERM", &pid]).status().unwrap().success());
+        let output = place.ended(child);
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert_eq!(output.status.code(), Some(143), "{stdout}{stderr}");
+        assert!(!stdout.contains("more"), "{stdout}");
+    }
 }
 
 fn repl_goes_on(place: &Place) {

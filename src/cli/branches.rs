@@ -154,11 +154,12 @@ impl Branches {
         branch.spilled = 0;
     }
 
-    /// Ends all sessions.
+    /// Ends all sessions, also those after one that doesn't end.
     pub(super) async fn close(self) -> kaa::Result<()> {
+        let mut closed = Ok(());
         for branch in self.branches {
-            branch.environment.close().await?;
+            closed = closed.and(branch.environment.close().await);
         }
-        Ok(())
+        closed
     }
 }

@@ -17,6 +17,7 @@ use serde_json::{Value as Json, json};
 use super::console::{Console, excerpt};
 use super::flags::{SessionFlags, read_text};
 use super::session::{self, Plan};
+use super::signals::Signals;
 use super::units::{Count, Span};
 use super::{Ending, Failure};
 
@@ -178,25 +179,34 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
     let rlm = Rlm::new(base.backend()?, lm, options).map_err(named)?;
     let question = Some(flags.question.as_str());
     let ending = reactor.block_on(async {
+        let mut signals = Signals::listen()?;
         let Some(path) = &snapshot_out else {
-            let result = cancellable(&rlm, rlm.complete(context, question)).await;
+            let run = rlm.complete(context, question);
+            let result = cancellable(&rlm, run, &mut signals).await;
             display.finish();
-            return show(result, console, flags.json);
+            return show(result, &signals, console, flags.json);
         };
         let mut session = match rlm.session().await {
             Ok(session) => session,
-            Err(error) => return show(Err(Ended::Run(error)), console, flags.json),
+            Err(error) => return show(Err(error), &signals, console, flags.json),
         };
-        session::check_saving(session.environment())?;
-        let result = cancellable(&rlm, session.complete(context, question)).await;
-        display.finish();
-        let answered = result.is_ok();
-        // Whatever becomes of the snapshot: the answer was paid for.
-        let ending = show(result, console, flags.json)?;
-        if answered {
-            session::save(session.environment(), path, console).await?;
-        }
-        session.close().await?;
+        let saved = async {
+            session::check_saving(session.environment())?;
+            let run = session.complete(context, question);
+            let result = cancellable(&rlm, run, &mut signals).await;
+            display.finish();
+            let answered = result.is_ok();
+            // Whatever becomes of the snapshot: the answer was paid for.
+            let ending = show(result, &signals, console, flags.json)?;
+            if answered {
+                session::save(session.environment(), path, console).await?;
+            }
+            Ok::<_, Failure>(ending)
+        };
+        let saved = saved.await;
+        let closed = session.close().await;
+        let ending = saved?;
+        closed?;
         Ok(ending)
     });
     reactor.shutdown_background();
@@ -205,24 +215,18 @@ pub(super) fn run(flags: CompleteFlags) -> Result<Ending, Failure> {
     ending
 }
 
-/// Why there is no answer.
-enum Ended {
-    Run(RlmError),
-    Other(Failure),
-}
-
-/// Ctrl-C cancels the run, which then ends by itself.
+/// A signal cancels the run, which then ends by itself.
 async fn cancellable(
     rlm: &Rlm,
     run: impl Future<Output = Result<RlmCompletion, RlmError>>,
-) -> Result<RlmCompletion, Ended> {
-    let mut interrupts = session::interrupts().map_err(Ended::Other)?;
+    signals: &mut Signals,
+) -> Result<RlmCompletion, RlmError> {
     let mut run = std::pin::pin!(run);
     loop {
         tokio::select! {
             biased;
-            result = &mut run => return result.map_err(Ended::Run),
-            _ = interrupts.recv() => rlm.cancel(),
+            result = &mut run => return result,
+            _ = signals.next() => rlm.cancel(),
         }
     }
 }
@@ -247,7 +251,8 @@ fn named(error: kaa::Error) -> Failure {
 }
 
 fn show(
-    result: Result<RlmCompletion, Ended>,
+    result: Result<RlmCompletion, RlmError>,
+    signals: &Signals,
     console: Console,
     json: bool,
 ) -> Result<Ending, Failure> {
@@ -267,23 +272,22 @@ fn show(
             console.note(&summary(&done));
             Ok(Ending::Done)
         }
-        Err(Ended::Other(failure)) => Err(failure),
-        Err(Ended::Run(error)) => {
+        Err(error) => {
             if json {
                 console.line(&error_json(&error).to_string())?;
             }
-            ended(error, console)
+            ended(error, signals, console)
         }
     }
 }
 
 /// How a run without answer ends the program.
-fn ended(error: RlmError, console: Console) -> Result<Ending, Failure> {
+fn ended(error: RlmError, signals: &Signals, console: Console) -> Result<Ending, Failure> {
     if let Some(partial) = &error.partial_answer {
         console.note(&format!("the last thing that the model said:\n{}", partial.trim_end()));
     }
     match error.reason {
-        RlmStop::Cancelled => Ok(Ending::Interrupted),
+        RlmStop::Cancelled => Ok(signals.seen().unwrap_or(Ending::Interrupted)),
         RlmStop::Environment(error) => Err(error.into()),
         RlmStop::Errors { ref last, .. } => {
             console.note(&format!("the last error:\n{}", last.trim_end()));

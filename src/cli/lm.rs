@@ -10,11 +10,11 @@ use kaa::lm::{
     LmCompletion, LmError, LmHandler, LmKind, LmRequest, LmServer, LmServerOptions, LmToken,
     UsageSummary,
 };
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::console::Console;
 use super::flags::reason;
 use super::models::LmFlags;
+use super::signals::Signals;
 use super::units::{Count, Size, Span};
 use super::{Ending, Failure, session};
 
@@ -135,9 +135,7 @@ async fn serve(
     options: LmServerOptions,
 ) -> Result<Ending, Failure> {
     let console = Console::new(false);
-    let mut interrupts = session::interrupts()?;
-    let mut terminations = signal(SignalKind::terminate())
-        .map_err(|e| Failure::Failed(format!("listening for SIGTERM: {e}")))?;
+    let mut signals = Signals::listen()?;
     let handler: Arc<dyn LmHandler> = counter.clone();
     let server = LmServer::bind(address, handler, options).await.map_err(|error| match error {
         // The flag names what the library calls the listen address.
@@ -149,9 +147,9 @@ async fn serve(
     let mut ending = Ending::Done;
     server
         .serve(async {
-            tokio::select! {
-                _ = interrupts.recv() => ending = Ending::Interrupted,
-                _ = terminations.recv() => {}
+            // A server is there to be ended by SIGTERM.
+            if signals.next().await == Ending::Interrupted {
+                ending = Ending::Interrupted;
             }
         })
         .await;

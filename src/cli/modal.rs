@@ -316,7 +316,11 @@ pub(super) fn run(command: ModalCommand) -> Result<Ending, Failure> {
 
 async fn sandboxes(scope: Scope) -> Result<(ModalClient, Vec<SandboxReport>), Failure> {
     let client = ModalClient::connect(found(scope.environment)?.0).await?;
-    let found = client.sandboxes(scope.app.as_deref()).await?;
+    let found = client.sandboxes(scope.app.as_deref()).await.map_err(|error| match error {
+        // Where sessions are made another flag has the name.
+        kaa::Error::Invalid { reason, .. } => Failure::usage("--app", reason),
+        other => other.into(),
+    })?;
     Ok((client, found))
 }
 

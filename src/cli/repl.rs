@@ -20,7 +20,7 @@ use super::console::Console;
 use super::flags::SessionFlags;
 use super::session::{self, Base, Plan};
 use super::units::megabytes;
-use super::{Ending, Failure};
+use super::{Ending, Failure, signals};
 
 const PROMPT: &str = ">>> ";
 const PROMPT_MORE: &str = "... ";
@@ -61,12 +61,8 @@ pub(super) fn run(flags: ReplFlags) -> Result<Ending, Failure> {
     if matches!(input, Input::Keyboard { .. }) {
         console.note(&format!("{}. :help shows the commands.", base.what()));
     }
-    let interrupts = reactor.block_on(async { session::interrupts() })?;
-    let environment = reactor.block_on(async {
-        let mut environment = base.open(&plan).await?;
-        session::fill(&mut *environment, plan.contexts.clone(), plan.variables.clone()).await?;
-        Ok::<_, Failure>(environment)
-    })?;
+    let interrupts = reactor.block_on(async { signals::interrupts() })?;
+    let environment = reactor.block_on(base.begin(&plan))?;
     let total = nothing_spent(&*environment);
     let mut repl = Repl {
         branches: Branches::new(environment),
@@ -163,7 +159,10 @@ impl Repl {
         });
         let execution = self.reactor.block_on(async {
             self.branches.remember().await;
-            session::execute(self.branches.environment(), code, &mut self.interrupts).await
+            let stop = async || {
+                self.interrupts.recv().await;
+            };
+            session::execute(self.branches.environment(), code, stop).await
         });
         match execution {
             Ok(execution) => self.show(&execution),

@@ -1,13 +1,15 @@
 //! `kaa run`: cells from files and flags, one after the other.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kaa::{Environment, Execution, Limit, Status};
+use kaa::{Environment, Execution, Status};
 
 use super::console::Console;
 use super::flags::{SessionFlags, read_text};
-use super::session::{self, Plan};
+use super::session;
+use super::signals::Signals;
 use super::{Ending, Failure, record};
 
 /// A larger source is not one that anybody wrote.
@@ -53,13 +55,16 @@ pub(super) fn run(flags: RunFlags) -> Result<Ending, Failure> {
     let reactor = session::reactor()?;
     let base = session::prepare(&plan, console, &reactor)?;
     let result = reactor.block_on(async {
-        let mut environment = base.open(&plan).await?;
-        let Plan { contexts, variables, snapshot_out, .. } = plan;
+        let mut signals = Signals::listen()?;
+        let mut environment = match signals.open(base.begin(&plan)).await? {
+            ControlFlow::Continue(environment) => environment,
+            ControlFlow::Break(ending) => return Ok(ending),
+        };
         let result = async {
-            session::fill(&mut *environment, contexts, variables).await?;
-            let ending = run_cells(&mut *environment, &cells, console, flags.json).await?;
-            if let Some(path) = &snapshot_out {
-                session::save(&mut *environment, path, console).await?;
+            let environment = &mut *environment;
+            let ending = run_cells(environment, &cells, &mut signals, console, flags.json).await?;
+            if let Some(path) = &plan.snapshot_out {
+                session::save(environment, path, console).await?;
             }
             Ok::<_, Failure>(ending)
         };
@@ -116,14 +121,17 @@ fn split_cells(text: &str) -> Vec<Cell> {
 async fn run_cells(
     environment: &mut dyn Environment,
     cells: &[Cell],
+    signals: &mut Signals,
     console: Console,
     json: bool,
 ) -> Result<Ending, Failure> {
-    let mut interrupts = session::interrupts()?;
     let mut ending = Ending::Done;
     let mut final_answer = None;
     for (number, cell) in (1..).zip(cells) {
-        let execution = session::execute(environment, &cell.code, &mut interrupts).await?;
+        let stop = async || {
+            signals.next().await;
+        };
+        let execution = session::execute(environment, &cell.code, stop).await?;
         let name = cell_name(number, cells.len(), &cell.title);
         let status = environment.status();
         if json {
@@ -131,8 +139,8 @@ async fn run_cells(
         } else {
             show(&name, &execution, console)?;
         }
-        if execution.limit == Some(Limit::Interrupt) {
-            return Ok(Ending::Interrupted);
+        if let Some(ending) = signals.seen() {
+            return Ok(ending);
         }
         if status == Status::Poisoned {
             lost(&name, &execution, cells.len() - number, console)?;

@@ -11,7 +11,6 @@ use kaa::{
     Image, Limit, Limits, LocalBackend, LocalOptions, Outcome, Runtime, Snapshot, Status, Store,
     Value, WasmBackend, inspect_snapshot,
 };
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::backend::Place;
 use super::console::Console;
@@ -65,7 +64,7 @@ pub(super) struct Processes {
 
 impl Base {
     /// A new session, which can do what the plan wants of it.
-    pub(super) async fn open(&self, plan: &Plan) -> Result<Box<dyn Environment>, Failure> {
+    async fn open(&self, plan: &Plan) -> Result<Box<dyn Environment>, Failure> {
         let options = plan.options.clone();
         let mut environment: Box<dyn Environment> = match (&self.source, &self.snapshot) {
             (Source::Wasm { runtime, .. }, Some(snapshot)) => {
@@ -88,6 +87,19 @@ impl Base {
             Ok(()) => Ok(environment),
             Err(failure) => {
                 // What went wrong first is what has to be known.
+                let _ = environment.close().await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// A new session with the plan's contexts and variables.
+    pub(super) async fn begin(&self, plan: &Plan) -> Result<Box<dyn Environment>, Failure> {
+        let mut environment = self.open(plan).await?;
+        let (contexts, variables) = (plan.contexts.clone(), plan.variables.clone());
+        match fill(&mut *environment, contexts, variables).await {
+            Ok(()) => Ok(environment),
+            Err(failure) => {
                 let _ = environment.close().await;
                 Err(failure)
             }
@@ -159,8 +171,13 @@ impl Backend for Resumed {
 
     async fn open(&self, options: EnvironmentOptions) -> kaa::Result<Box<dyn Environment>> {
         let mut environment = self.backend.open(options).await?;
-        environment.restore(&self.snapshot).await?;
-        Ok(environment)
+        match environment.restore(&self.snapshot).await {
+            Ok(()) => Ok(environment),
+            Err(error) => {
+                let _ = environment.close().await;
+                Err(error)
+            }
+        }
     }
 }
 
@@ -350,17 +367,11 @@ pub(super) async fn fill(
     Ok(())
 }
 
-/// Ctrl-C, from now on: it stops cells instead of this process.
-pub(super) fn interrupts() -> Result<Signal, Failure> {
-    signal(SignalKind::interrupt())
-        .map_err(|e| Failure::Failed(format!("listening for Ctrl-C: {e}")))
-}
-
-/// Runs one cell; Ctrl-C stops it.
+/// Runs one cell; whatever `stop` waits for stops it, every time.
 pub(super) async fn execute(
     environment: &mut dyn Environment,
     code: &str,
-    interrupts: &mut Signal,
+    mut stop: impl AsyncFnMut(),
 ) -> kaa::Result<Execution> {
     let interrupt = environment.interrupt();
     let mut cell = std::pin::pin!(environment.execute(code));
@@ -368,7 +379,7 @@ pub(super) async fn execute(
         tokio::select! {
             biased;
             result = &mut cell => return result,
-            _ = interrupts.recv() => interrupt.interrupt(),
+            () = stop() => interrupt.interrupt(),
         }
     }
 }

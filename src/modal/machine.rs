@@ -161,8 +161,14 @@ impl Machine for ModalMachine {
                         None => Ok(None),
                     }
                 };
-                let ((), calls) = tokio::try_join!(life.begin(command, patience), calls)?;
-                Ok((life, calls))
+                match tokio::try_join!(life.begin(command, patience), calls) {
+                    Ok(((), calls)) => Ok((life, calls)),
+                    Err(error) => {
+                        // Why it didn't begin is what has to be known.
+                        drop(life.close().await);
+                        Err(error)
+                    }
+                }
             };
             drop(send.send(begun.await));
         });
@@ -185,6 +191,8 @@ struct ModalLife {
     /// Where it's ended when nobody can wait for that.
     runtime: Handle,
     is_ended: bool,
+    /// Its end, if nobody waited for it so far.
+    end: Option<JoinHandle<Result<()>>>,
     /// How the sandbox ended, once it has.
     ending: watch::Receiver<Option<Ending>>,
     watcher: JoinHandle<()>,
@@ -200,7 +208,8 @@ impl ModalLife {
             }
         });
         let runtime = Handle::current();
-        Self { sandbox, process: None, bounds, patience, runtime, is_ended: false, ending, watcher }
+        let (process, is_ended, end) = (None, false, None);
+        Self { sandbox, process, bounds, patience, runtime, is_ended, end, ending, watcher }
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
@@ -264,13 +273,19 @@ impl Life for ModalLife {
             // With the runtime at its end the task is never run: then its timeout ends the sandbox, or
             // the next process that connects.
             let sandbox = self.sandbox.clone();
-            self.runtime.spawn(async move { drop(sandbox.terminate().await) });
+            self.end = Some(self.runtime.spawn(async move { sandbox.terminate().await }));
         }
     }
 
     async fn close(&mut self) -> Result<()> {
         self.watcher.abort();
         self.process = None;
+        if let Some(end) = self.end.take() {
+            return match end.await {
+                Ok(ended) => ended,
+                Err(_) => self.sandbox.terminate().await,
+            };
+        }
         if self.is_ended {
             return Ok(());
         }

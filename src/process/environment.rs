@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use rand::RngExt;
 use serde_json::{Value as Json, json};
 
+use super::Life;
 use super::backend::Shared;
 use super::guest::Guest;
 use super::link::Death;
@@ -40,6 +41,8 @@ pub(super) struct ProcessEnvironment {
     conversation: Conversation,
     /// None when nothing is left of it.
     guest: Option<Guest>,
+    /// What was killed last: its end may take a moment, which a session that is closed waits for.
+    dying: Option<Box<dyn Life>>,
     /// Why the state is lost, if it is.
     lost: Option<String>,
     signal: Arc<Signal>,
@@ -70,12 +73,17 @@ impl ProcessEnvironment {
             options,
             conversation,
             guest: None,
+            dying: None,
             lost: None,
             signal: Arc::default(),
             ledger: Ledger::default(),
             seat,
         };
-        environment.begin().await?;
+        if let Err(error) = environment.begin().await {
+            // Why there is no session is what has to be known.
+            let _ = Box::new(environment).close().await;
+            return Err(error);
+        }
         Ok(environment)
     }
 
@@ -98,7 +106,7 @@ impl ProcessEnvironment {
                 guest.start_worker(&shared.compiled).await.is_ok().then_some(guest)
             }
             other => {
-                drop(other);
+                self.dying = other.map(Guest::kill).or(self.dying.take());
                 None
             }
         };
@@ -144,7 +152,7 @@ impl ProcessEnvironment {
     fn lose(&mut self, reason: String) {
         self.conversation.abandon();
         if let Some(guest) = self.guest.take() {
-            guest.kill();
+            self.dying = Some(guest.kill());
         }
         self.lost.get_or_insert(reason);
     }
@@ -489,9 +497,10 @@ impl Environment for ProcessEnvironment {
     }
 
     async fn close(mut self: Box<Self>) -> Result<()> {
-        match self.guest.take() {
-            Some(guest) => guest.close().await,
-            None => Ok(()),
+        match (self.guest.take(), self.dying.take()) {
+            (Some(guest), _) => guest.close().await,
+            (None, Some(mut life)) => life.close().await,
+            (None, None) => Ok(()),
         }
     }
 }

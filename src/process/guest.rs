@@ -116,7 +116,11 @@ impl Guest {
         for part in boot(settings, code) {
             guest.link.put_raw(part);
         }
-        guest.ready(compiled).await?;
+        if let Err(error) = guest.ready(compiled).await {
+            // Why it didn't begin is what has to be known.
+            let _ = guest.close().await;
+            return Err(error);
+        }
         Ok(guest)
     }
 
@@ -161,11 +165,13 @@ impl Guest {
         dead.unwrap_or_else(|_| Err(Error::protocol("its worker could not be ended")))
     }
 
-    /// Ends it all, without waiting. The end of its stdin says so to the supervisor.
-    pub(super) fn kill(self) {
+    /// Ends it all, without waiting. The end of its stdin says so to the supervisor. Closing what is
+    /// returned waits.
+    pub(super) fn kill(self) -> Box<dyn Life> {
         let Self { link, mut life, .. } = self;
         drop(link);
         life.kill();
+        life
     }
 
     /// Ends it all, and waits for that.

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::fs;
 
+#[cfg(feature = "modal")]
 use sha2::{Digest, Sha256};
 
 /// A process, so that no other one is ever taken for it: neither one of another machine or container,
@@ -60,6 +61,7 @@ impl Owner {
         (realm == self.realm_tag()).then(|| started(pid) == Some(since))
     }
 
+    #[cfg(feature = "docker")]
     fn parse(label: &str) -> Option<Self> {
         let (rest, since) = label.rsplit_once('/')?;
         let (realm, pid) = rest.rsplit_once('/')?;

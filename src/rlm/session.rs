@@ -77,11 +77,19 @@ impl RlmSession {
             None => (Arc::clone(&rlm.backend), Vec::new()),
         };
         let mut environment = backend.open(options).await?;
-        for tool in tools {
-            tool.define(&mut *environment).await?;
-        }
-        for (index, context) in shared {
-            environment.add_context(context, Some(index)).await?;
+        let filled = async {
+            for tool in tools {
+                tool.define(&mut *environment).await?;
+            }
+            for (index, context) in shared {
+                environment.add_context(context, Some(index)).await?;
+            }
+            Ok::<_, RlmStop>(())
+        };
+        if let Err(reason) = filled.await {
+            // Why there is no session is what has to be known.
+            let _ = environment.close().await;
+            return Err(reason);
         }
         let contexts = parent.map_or(0, |scope| scope.shared_contexts());
         Ok(Self {

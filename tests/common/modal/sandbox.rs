@@ -1,6 +1,7 @@
 //! A sandbox of the stand-in: a directory, and processes of this machine.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,6 +35,13 @@ pub(super) fn can_isolate() -> bool {
     silent.status().is_ok_and(|status| status.success())
 }
 
+/// The network of a sandbox that runs. Held open: the system gives the name of one that is gone to the
+/// next, whose processes would be taken for this one's.
+struct OwnNetwork {
+    name: PathBuf,
+    _held: File,
+}
+
 pub(crate) struct Sandbox {
     pub(crate) id: String,
     pub(crate) task_id: String,
@@ -54,7 +62,7 @@ pub(crate) struct Sandbox {
     busy: Mutex<Instant>,
     /// A process that does nothing but to have the sandbox's network.
     anchor: Option<Child>,
-    network: Option<PathBuf>,
+    network: Mutex<Option<OwnNetwork>>,
     result: watch::Sender<Option<GenericResult>>,
     execs: Mutex<HashMap<String, Arc<Exec>>>,
     /// Directories that sessions make.
@@ -94,7 +102,7 @@ impl Sandbox {
             born: Instant::now(),
             busy: Mutex::new(Instant::now()),
             anchor: None,
-            network: None,
+            network: Mutex::default(),
             result: watch::Sender::new(None),
             execs: Mutex::default(),
             scratch: Mutex::default(),
@@ -123,7 +131,9 @@ impl Sandbox {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.network = procs::network_of(pid);
+        let _held = File::open(format!("/proc/{pid}/ns/net"))?;
+        let own = procs::network_of(pid).map(|name| OwnNetwork { name, _held });
+        *self.network.lock().unwrap() = own;
         self.anchor = Some(anchor);
         Ok(())
     }
@@ -181,7 +191,8 @@ impl Sandbox {
 
     /// Its processes, and the memory they have.
     pub(crate) fn processes(&self, all: &Procs) -> (Vec<i32>, u64) {
-        all.of(&self.mark, self.network.as_ref())
+        let network = self.network.lock().unwrap();
+        all.of(&self.mark, network.as_ref().map(|own| &own.name))
     }
 
     /// Ends it with what Modal says then, unless it has ended.
@@ -205,7 +216,8 @@ impl Sandbox {
         });
         drop(execs);
         if is_first {
-            procs::kill_all(&self.mark, self.network.as_ref());
+            let network = self.network.lock().unwrap().take();
+            procs::kill_all(&self.mark, network.as_ref().map(|own| &own.name));
             for folder in self.scratch.lock().unwrap().drain(..) {
                 let _ = std::fs::remove_dir_all(folder);
             }
