@@ -57,12 +57,9 @@ LIMITS = {
     "body_seconds": 60,
     "send_seconds": 60,
 }
-SETTINGS_MAX = 1 << 16
-LINE_MAX = 1 << 16
-TOKEN_MIN = 16
-WAIT_MAX = 60.0
-POLLERS_MAX = 16
-ANSWERED_MAX = 4096
+SETTINGS_MAX = LINE_MAX = 1 << 16
+TOKEN_MIN, WAIT_MAX = 16, 60.0
+POLLERS_MAX, ANSWERED_MAX = 16, 4096
 LOOK = 0.5  # Seconds between two looks at whether a waiting peer is still there.
 DRAIN_PIECES, DRAIN_SECONDS = 256, 2.0  # What is read of a refused request, so that its sender reads the answer.
 STACK = 512 << 10
@@ -122,11 +119,8 @@ class Item:
 
     def __init__(self, name, is_chosen, body, until, lock):
         self.name, self.is_chosen, self.body, self.until = name, is_chosen, body, until
-        self.waiting = 0
-        self.left = None  # When the last one who waited went away.
-        self.poller = None
-        self.lease = 0.0
-        self.answer = None
+        self.waiting, self.left = 0, None  # How many wait, and when the last of them went away.
+        self.poller, self.lease, self.answer = None, 0.0, None
         self.changed = threading.Condition(lock)
 
 

@@ -64,11 +64,25 @@ const LAYERS: &[(&str, &[&str])] = &[
             "capture",
             "snapshot",
             "tenant",
+            "broker",
         ],
     ),
     ("local", &["error", "environment", "limits", "policy", "process", "snapshot"]),
     ("docker", &["error", "environment", "image", "limits", "policy", "process", "snapshot"]),
-    ("modal", &["error", "environment", "image", "limits", "policy", "process", "snapshot"]),
+    (
+        "modal",
+        &[
+            "error",
+            "environment",
+            "image",
+            "limits",
+            "policy",
+            "process",
+            "snapshot",
+            "lm",
+            "broker",
+        ],
+    ),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
 ];
 
