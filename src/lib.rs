@@ -33,7 +33,8 @@
 //!
 //! The same contract is kept by sessions in processes, which any code that takes a [`Backend`] can use:
 //! [`docker::DockerBackend`] has them in containers, [`LocalBackend`] on this host, where nothing
-//! isolates them. The suite that holds all of them to it is the module `conformance`, a feature.
+//! isolates them; [`modal::ModalBackend`] has them in a cloud. For sandboxes of other clouds there is the
+//! [`broker`] alone, which carries their model calls to the host. The suite that holds all of them to it is the module `conformance`, a feature.
 //!
 //! What Kaa does not do: in WebAssembly it gives the guest no threads, sockets or subprocesses, it
 //! doesn't protect against side channels, and it reads no environment variable and prints nothing;

@@ -225,6 +225,8 @@ fn flags_that_can_not_be_are_named_with_what_would_be_right() {
         ("--modal-tag", "x", "write NAME=VALUE"),
         ("--modal-network", "", "is no address; write blocked, open"),
         ("--modal-network", "10.0.0.0/33", "is no address; write blocked, open"),
+        ("--modal-carrier", "broker:0", "is neither stdio, broker nor broker:PORT"),
+        ("--modal-carrier", "http", "is neither stdio, broker nor broker:PORT"),
         ("--modal-secret", "", "a secret has no name"),
         ("--modal-secret", "env:1A", "there is no variable \"1A\" of UTF-8 here to copy"),
         ("--modal-secret", "KEY=as-hunter2", "write env:NAME"),

@@ -10,6 +10,7 @@ use serde_json::Value as Json;
 
 use crate::cloud::proto::client as wire;
 use crate::cloud::proto::client::network_access::NetworkAccessType;
+use crate::cloud::proto::client::sandbox::OpenPortsOneof;
 use crate::cloud::proto::client::secret_source::Source;
 use crate::cloud::{Fault, GenericStatus, StandInOptions};
 use crate::program::{ANSWERS, Case, fails, ok, text};
@@ -154,14 +155,24 @@ fn flags_arrive() {
 #[test]
 fn what_is_not_said_is_the_default() {
     let cloud = Cloud::with(StandInOptions { record: true, ..StandInOptions::default() });
-    for (flags, network) in
-        [("", NetworkAccessType::Blocked), ("--modal-network open", NetworkAccessType::Open)]
-    {
+    for (flags, network, ports) in [
+        ("", NetworkAccessType::Blocked, &[][..]),
+        ("--modal-network open", NetworkAccessType::Open, &[]),
+        ("--modal-carrier stdio", NetworkAccessType::Blocked, &[]),
+        ("--modal-carrier broker", NetworkAccessType::Allowlist, &[8080]),
+        ("--modal-carrier broker:8181", NetworkAccessType::Allowlist, &[8181]),
+        ("--modal-carrier broker --modal-network open", NetworkAccessType::Open, &[8080]),
+    ] {
         cloud.place.check(&[ok(&format!("run {flags}"), &["print(1)"], "1\n")]);
         let sandboxes = cloud.stand_in.sandboxes();
         let definition = sandboxes.last().unwrap().definition.clone();
         let access = definition.network_access.unwrap();
         assert_eq!(access.network_access_type(), network, "{flags:?}");
+        let Some(OpenPortsOneof::OpenPorts(open)) = definition.open_ports_oneof else {
+            panic!("{flags:?}: no ports")
+        };
+        let open: Vec<u32> = open.ports.iter().map(|port| port.port).collect();
+        assert_eq!(open, ports, "{flags:?}");
         assert_eq!(definition.timeout_secs, 3600);
     }
     for app in sent::<wire::AppGetOrCreateRequest>(&cloud, "AppGetOrCreate") {
