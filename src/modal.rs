@@ -23,8 +23,10 @@ mod config;
 mod ending;
 mod fault;
 mod image;
+mod leftovers;
 mod machine;
 mod options;
+mod process;
 #[allow(
     dead_code,
     missing_docs,
@@ -38,6 +40,7 @@ mod relay;
 mod retry;
 mod router;
 mod sandbox;
+mod spec;
 mod stdin;
 mod stdout;
 mod until;
@@ -49,10 +52,13 @@ use async_trait::async_trait;
 pub use self::client::ModalClient;
 pub use self::config::ModalConfig;
 pub use self::image::ModalImage;
+pub use self::leftovers::SandboxReport;
 use self::machine::ModalMachine;
 pub use self::options::{Carrier, ModalOptions, Network, Secret};
+pub use self::process::SandboxProcess;
 pub use self::router::ProcessExit;
-pub use self::sandbox::{Sandbox, SandboxProcess, SandboxReport, SandboxSpec};
+pub use self::sandbox::Sandbox;
+pub use self::spec::SandboxSpec;
 use crate::environment::{Backend, Capabilities, Environment, EnvironmentOptions};
 use crate::error::Result;
 use crate::image::ProgressFn;

@@ -7,8 +7,9 @@ use serde_json::{Value as Json, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::options::ModalOptions;
+use super::process::SandboxProcess;
 use super::router::{Command, ProcessExit};
-use super::sandbox::{Sandbox, SandboxProcess};
+use super::sandbox::Sandbox;
 use crate::broker::{Broker, BrokerOptions, SCRIPT};
 use crate::error::{Error, Result};
 use crate::lm::Secret;
