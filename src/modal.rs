@@ -26,6 +26,7 @@ mod image;
 mod leftovers;
 mod machine;
 mod options;
+mod outage;
 mod process;
 #[allow(
     dead_code,

@@ -6,6 +6,8 @@ mod cloud;
 mod endings;
 #[path = "modal/faults.rs"]
 mod faults;
+#[path = "modal/leaks.rs"]
+mod leaks;
 #[path = "modal/sandboxes.rs"]
 mod sandboxes;
 #[path = "modal/sessions.rs"]

@@ -1,8 +1,12 @@
 //! The sandboxes that there are: whose they are, and the end of those that nobody owns any more.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::runtime::Handle;
 
 use super::client::{Extra, ModalClient};
+use super::fault::Fault;
+use super::outage::{may_pass, outlast};
 use super::proto::client as wire;
 use super::{OWNER_TAG, SESSION_TAG};
 use crate::error::Result;
@@ -10,6 +14,11 @@ use crate::process::Owner;
 
 /// Pages of a list of sandboxes that are asked for at most.
 const PAGES_MAX: usize = 1_000;
+/// How long it's tried to end a sandbox that nobody waits for, whatever becomes of the network.
+const END_TIME: Duration = Duration::from_secs(10 * 60);
+/// The pauses between looks for a sandbox that may come into being yet.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+const LOOK_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 /// A sandbox that Modal knows.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,7 +34,8 @@ pub struct SandboxReport {
 }
 
 impl ModalClient {
-    /// The sandboxes of Kaa's sessions that live, of all apps or of one, the youngest first. An app that
+    /// The sandboxes that live and that Kaa has made, for sessions or by
+    /// [`create_sandbox`](Self::create_sandbox), of all apps or of one, the youngest first. An app that
     /// isn't there has none.
     ///
     /// # Errors
@@ -43,6 +53,16 @@ impl ModalClient {
     }
 
     pub(super) async fn sessions(&self, app_id: &str) -> Result<Vec<SandboxReport>> {
+        let found = self.tagged(app_id, &[]).await;
+        found.map_err(|fault| self.explain(&fault, "a list of sandboxes"))
+    }
+
+    /// Those of Kaa's that have these tags.
+    async fn tagged(
+        &self,
+        app_id: &str,
+        tags: &[wire::SandboxTag],
+    ) -> Result<Vec<SandboxReport>, Fault> {
         let me = Owner::of_this_process();
         let mut found: Vec<SandboxReport> = Vec::new();
         let mut before_timestamp = 0.0;
@@ -52,12 +72,12 @@ impl ModalClient {
                 before_timestamp,
                 environment_name: self.config().environment.clone(),
                 include_finished: false,
-                tags: Vec::new(),
+                tags: tags.to_vec(),
             };
             let page = self.call(message, Extra::default(), |mut stub, request| async move {
                 stub.sandbox_list_v2(request).await
             });
-            let page = page.await.map_err(|fault| self.explain(&fault, "a list of sandboxes"))?;
+            let page = page.await?;
             let Some(last) = page.sandboxes.last() else { break };
             before_timestamp = last.created_at;
             let reports = page.sandboxes.iter().map(|info| report(info, me.as_ref()));
@@ -72,12 +92,61 @@ impl ModalClient {
     ///
     /// [`Error::Unavailable`] when there is none, or Modal doesn't answer.
     pub async fn terminate(&self, id: &str) -> Result<()> {
+        self.end(id, None).await
+    }
+
+    /// The same, with what Modal gave with the sandbox.
+    ///
+    /// # Errors
+    ///
+    /// As [`terminate`](Self::terminate).
+    pub(super) async fn end(&self, id: &str, sandbox_token: Option<&str>) -> Result<()> {
+        let ended = self.try_to_end(id, sandbox_token).await;
+        ended.map_err(|fault| self.explain(&fault, &format!("ending the Modal sandbox `{id}`")))
+    }
+
+    async fn try_to_end(&self, id: &str, sandbox_token: Option<&str>) -> Result<(), Fault> {
         let message = wire::SandboxTerminateRequest { sandbox_id: id.into() };
-        let ended = self.call(message, Extra::default(), |mut stub, request| async move {
+        let extra = Extra { sandbox_token, ..Extra::default() };
+        let ended = self.call(message, extra, |mut stub, request| async move {
             stub.sandbox_terminate_v2(request).await
         });
-        let ended = ended.await.map(drop);
-        ended.map_err(|fault| self.explain(&fault, &format!("ending the Modal sandbox `{id}`")))
+        ended.await.map(drop)
+    }
+
+    /// Ends the sandbox of a session whose making was asked for without ever an answer: it may be there
+    /// all the same, now or in a moment.
+    pub(super) async fn end_unanswered(self, app_id: String, session: String) {
+        let (since, mut pause) = (Instant::now(), LOOK_PAUSE);
+        let tag = wire::SandboxTag { tag_name: SESSION_TAG.into(), tag_value: session.clone() };
+        let tags = [tag];
+        loop {
+            let found = match self.tagged(&app_id, &tags).await {
+                Ok(found) => found,
+                Err(fault) if may_pass(&fault) => Vec::new(),
+                Err(_) => return,
+            };
+            let mut own = found.into_iter();
+            let own = own.find(|sandbox| sandbox.tag(SESSION_TAG) == Some(session.as_str()));
+            if let Some(SandboxReport { id, .. }) = own {
+                drop(outlast(END_TIME, || self.try_to_end(&id, None)).await);
+                return;
+            }
+            if since.elapsed() + pause > END_TIME {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LOOK_PAUSE_MAX);
+        }
+    }
+
+    /// Ends what dead processes of this machine have left in an app. Best effort: whatever this doesn't
+    /// end, `kaa modal clean` or the timeout does.
+    pub(super) async fn end_leftovers(&self, app_id: &str) {
+        let Ok(found) = self.sessions(app_id).await else { return };
+        for sandbox in found.iter().filter(|sandbox| sandbox.has_owner == Some(false)) {
+            drop(self.terminate(&sandbox.id).await);
+        }
     }
 }
 
@@ -85,6 +154,45 @@ impl SandboxReport {
     fn tag(&self, name: &str) -> Option<&str> {
         self.tags.iter().find(|(tag, _)| tag == name).map(|(_, value)| value.as_str())
     }
+}
+
+/// Ends a sandbox when it's dropped, unless that was released. Nobody waits for it, so it takes its time:
+/// the network that a session was lost to is the one that its end has to be said over.
+pub(super) struct EndGuard {
+    client: ModalClient,
+    /// Its id, and what Modal gave with it.
+    sandbox: Option<(String, Option<String>)>,
+    /// Where that is done when the guard is dropped elsewhere.
+    runtime: Handle,
+}
+
+impl EndGuard {
+    pub(super) fn new(client: &ModalClient, id: &str, token: Option<&str>) -> Self {
+        let sandbox = Some((id.to_owned(), token.map(str::to_owned)));
+        Self { client: client.clone(), sandbox, runtime: Handle::current() }
+    }
+
+    /// The sandbox has ended, or somebody has it now.
+    pub(super) fn release(mut self) {
+        self.sandbox = None;
+    }
+}
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        let Some((id, token)) = self.sandbox.take() else { return };
+        let client = self.client.clone();
+        // With the runtime at its end the task is never run: then its timeout ends the sandbox, or the
+        // next process that connects.
+        self.runtime.spawn(async move {
+            drop(outlast(END_TIME, || client.try_to_end(&id, token.as_deref())).await);
+        });
+    }
+}
+
+/// Whose sandboxes are that this process makes.
+pub(super) fn owner_tag() -> String {
+    Owner::of_this_process().map_or_else(|| "unknown".into(), |me| me.tag())
 }
 
 fn report(info: &wire::SandboxInfo, me: Option<&Owner>) -> SandboxReport {

@@ -4,25 +4,25 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::io::AsyncReadExt;
-use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::app::{App, Build};
 use super::client::ModalClient;
 use super::ending::{Bounds, Ending};
+use super::leftovers::EndGuard;
 use super::options::{self, Carrier, ModalOptions, Network};
 use super::process::SandboxProcess;
 use super::proto::client as wire;
 use super::relay::Relay;
 use super::router::{Command, ProcessExit};
-use super::sandbox::{Ground, Sandbox};
+use super::sandbox::{self, Ground, Sandbox};
 use super::spec::SandboxSpec;
-use super::{BACKEND, CAPABILITIES, OWNER_TAG, SESSION_TAG};
+use super::{BACKEND, CAPABILITIES};
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
 use crate::image::ProgressFn;
-use crate::process::{Life, Machine, Owner, Started, Surroundings};
+use crate::process::{Life, Machine, Started, Surroundings};
 
 /// What a session takes beside the worker's data: the supervisor, two interpreters' code.
 const OWN_BYTES: u64 = 128 << 20;
@@ -40,7 +40,6 @@ pub(super) struct ModalMachine {
     app: App,
     image: String,
     secrets: Vec<wire::SecretSource>,
-    owner: String,
 }
 
 impl ModalMachine {
@@ -54,16 +53,12 @@ impl ModalMachine {
         let build =
             Build { app: &app, image: &options.image, time: options.build_timeout, progress };
         let built = async { tokio::join!(client.build(&build), client.secrets(&options.secrets)) };
-        let (_, (image, secrets)) = tokio::join!(end_leftovers(&client, &app.id), built);
-        let owner = Owner::of_this_process().map_or_else(|| "unknown".into(), |me| me.tag());
+        let (_, (image, secrets)) = tokio::join!(client.end_leftovers(&app.id), built);
         let (image, secrets) = (image?, secrets?);
-        Ok(Self { client, options, app, image, secrets, owner })
+        Ok(Self { client, options, app, image, secrets })
     }
 
-    fn spec(&self, options: &EnvironmentOptions, session: &str) -> SandboxSpec {
-        let mut tags = self.options.tags.clone();
-        tags.push((SESSION_TAG.into(), session.into()));
-        tags.push((OWNER_TAG.into(), self.owner.clone()));
+    fn spec(&self, options: &EnvironmentOptions) -> SandboxSpec {
         let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES);
         let (ports, network) = match (self.options.carrier, &self.options.network) {
             (Carrier::Stdio, network) => (Vec::new(), network.clone()),
@@ -78,7 +73,7 @@ impl ModalMachine {
             timeout: self.options.timeout,
             ports,
             network,
-            tags,
+            tags: self.options.tags.clone(),
             ..SandboxSpec::default()
         }
     }
@@ -101,14 +96,6 @@ impl ModalMachine {
     }
 }
 
-/// Best effort: whatever it doesn't end, `kaa modal clean` or the timeout does.
-async fn end_leftovers(client: &ModalClient, app: &str) {
-    let Ok(found) = client.sessions(app).await else { return };
-    for sandbox in found.iter().filter(|sandbox| sandbox.has_owner == Some(false)) {
-        drop(client.terminate(&sandbox.id).await);
-    }
-}
-
 #[async_trait]
 impl Machine for ModalMachine {
     fn capabilities(&self) -> Capabilities {
@@ -126,9 +113,9 @@ impl Machine for ModalMachine {
     }
 
     async fn start(&self, arguments: &[&str], options: &EnvironmentOptions) -> Result<Started> {
-        let session = format!("{:016x}", rand::random::<u64>());
+        let session = sandbox::new_session();
         let scratch = format!("/tmp/kaa-{session}");
-        let spec = self.spec(options, &session);
+        let spec = self.spec(options);
         let command = self.command(arguments, options, &scratch);
         let bounds =
             Bounds { timeout: self.options.timeout, memory_bytes: options.limits.memory_bytes };
@@ -147,29 +134,20 @@ impl Machine for ModalMachine {
         surroundings.door = relay.as_ref().map(Relay::door);
         let (client, app, image) = (self.client.clone(), self.app.clone(), self.image.clone());
         let (secrets, patience) = (self.secrets.clone(), self.options.patience);
-        // A task of its own, which can't be dropped half-way: what it has made when nobody waits for it
-        // any more is dropped as a whole, and ended.
-        let (send, receive) = oneshot::channel();
-        tokio::spawn(async move {
-            let ground = Ground { app: &app, image: &image, secrets };
-            let begun = async {
-                let sandbox = client.create(&spec, ground).await?;
-                let mut life = ModalLife::new(sandbox.clone(), bounds);
-                let calls = async {
-                    match relay {
-                        Some(relay) => relay.start(&sandbox).await.map(Some),
-                        None => Ok(None),
-                    }
-                };
-                let ((), calls) = tokio::try_join!(life.begin(command, patience), calls)?;
-                Ok((life, calls))
+        let begun = sandbox::undivided(async move {
+            let ground = Ground { app: &app, image: &image, secrets, session: &session };
+            let (sandbox, guard) = client.create(&spec, ground).await?;
+            let mut life = ModalLife::new(sandbox.clone(), guard, bounds);
+            let calls = async {
+                match relay {
+                    Some(relay) => relay.start(&sandbox).await.map(Some),
+                    None => Ok(None),
+                }
             };
-            drop(send.send(begun.await));
+            let ((), calls) = tokio::try_join!(life.begin(command, patience), calls)?;
+            Ok((life, calls))
         });
-        let (mut life, calls) = receive.await.unwrap_or_else(|_| {
-            let reason = "the runtime that was to start it shut down";
-            Err(Error::unavailable("a sandbox of Modal", reason))
-        })?;
+        let (mut life, calls) = begun.await?;
         let (reader, writer) = life.streams()?;
         Ok(Started { reader, writer, life: Box::new(life), surroundings, calls })
     }
@@ -180,16 +158,15 @@ struct ModalLife {
     sandbox: Sandbox,
     process: Option<SandboxProcess>,
     bounds: Bounds,
-    /// Where it's ended when nobody can wait for that.
-    runtime: Handle,
-    is_ended: bool,
+    /// Ends it, unless that has been done.
+    guard: Option<EndGuard>,
     /// How the sandbox ended, once it has.
     ending: watch::Receiver<Option<Ending>>,
     watcher: JoinHandle<()>,
 }
 
 impl ModalLife {
-    fn new(sandbox: Sandbox, bounds: Bounds) -> Self {
+    fn new(sandbox: Sandbox, guard: EndGuard, bounds: Bounds) -> Self {
         let (send, ending) = watch::channel(None);
         let watched = sandbox.clone();
         let watcher = tokio::spawn(async move {
@@ -197,8 +174,7 @@ impl ModalLife {
                 drop(send.send(Some(ending)));
             }
         });
-        let runtime = Handle::current();
-        Self { sandbox, process: None, bounds, runtime, is_ended: false, ending, watcher }
+        Self { sandbox, process: None, bounds, guard: Some(guard), ending, watcher }
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
@@ -257,23 +233,17 @@ impl Life for ModalLife {
     fn kill(&mut self) {
         self.watcher.abort();
         self.process = None;
-        if !std::mem::replace(&mut self.is_ended, true) {
-            // With the runtime at its end the task is never run: then its timeout ends the sandbox, or
-            // the next process that connects.
-            let sandbox = self.sandbox.clone();
-            self.runtime.spawn(async move { drop(sandbox.terminate().await) });
-        }
+        self.guard = None;
     }
 
     async fn close(&mut self) -> Result<()> {
         self.watcher.abort();
         self.process = None;
-        if self.is_ended {
-            return Ok(());
-        }
-        let ended = self.sandbox.terminate().await;
-        self.is_ended = ended.is_ok();
-        ended
+        let Some(guard) = self.guard.take() else { return Ok(()) };
+        // Without an end that is sure, the guard goes on with it.
+        self.sandbox.terminate().await?;
+        guard.release();
+        Ok(())
     }
 
     async fn autopsy(&mut self) -> Error {

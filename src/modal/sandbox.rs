@@ -1,5 +1,6 @@
 //! Sandboxes: their start, what runs in them, and their end.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,10 +11,13 @@ use super::app::{App, Build};
 use super::client::{Extra, ModalClient};
 use super::ending::{self, Ending};
 use super::fault::Fault;
+use super::leftovers::{self, EndGuard};
+use super::outage::may_pass;
 use super::process::SandboxProcess;
 use super::proto::client as wire;
 use super::router::{Command, Router};
 use super::spec::SandboxSpec;
+use super::{OWNER_TAG, SESSION_TAG};
 use crate::error::{Error, Result};
 use crate::image::ProgressFn;
 
@@ -28,7 +32,8 @@ const WAIT_ANSWER_TIME: Duration = Duration::from_secs(15);
 const ARGUMENT_CHARS_MAX: usize = 65_536;
 
 /// A sandbox that runs, or has run. Dropping it doesn't end it: [`terminate`](Self::terminate) does, or
-/// its timeout.
+/// its timeout. Once the process that made it is dead, it's a leftover, which `kaa modal clean` ends, and
+/// so does the next [`ModalBackend`](super::ModalBackend) of that machine that connects to the same app.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
     inner: Arc<Inner>,
@@ -49,10 +54,38 @@ pub(super) struct Ground<'a> {
     pub(super) app: &'a App,
     pub(super) image: &'a str,
     pub(super) secrets: Vec<wire::SecretSource>,
+    /// What it's found by.
+    pub(super) session: &'a str,
+}
+
+/// A name that no other sandbox is found by.
+pub(super) fn new_session() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+/// Begins what must not be dropped half-way. What nobody waits for any more is dropped as a whole.
+///
+/// # Errors
+///
+/// Those of the work, and that the runtime shut down.
+pub(super) fn undivided<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> impl Future<Output = Result<T>> + Send {
+    let done = tokio::spawn(work);
+    async {
+        done.await.unwrap_or_else(|_| {
+            let reason = "the runtime that was to start it shut down";
+            Err(Error::unavailable("a sandbox of Modal", reason))
+        })
+    }
 }
 
 impl ModalClient {
-    /// Makes a sandbox, and before that its app and image as far as there are none.
+    /// Makes a sandbox, and before that its app and image as far as there are none. One that nobody waits
+    /// for any more is ended.
+    ///
+    /// Beside its own tags it gets `kaa-session`, by which it's told from others, and `kaa-owner`, the
+    /// process that it belongs to: [`sandboxes`](Self::sandboxes) finds it by them.
     ///
     /// # Errors
     ///
@@ -68,15 +101,28 @@ impl ModalClient {
         let (image, time) = (&spec.image, spec.build_timeout);
         let image = self.build(&Build { app: &app, image, time, progress }).await?;
         let secrets = self.secrets(&spec.secrets).await?;
-        self.create(spec, Ground { app: &app, image: &image, secrets }).await
+        let (client, spec, session) = (self.clone(), spec.clone(), new_session());
+        let (sandbox, guard) = undivided(async move {
+            let ground = Ground { app: &app, image: &image, secrets, session: &session };
+            client.create(&spec, ground).await
+        })
+        .await?;
+        guard.release();
+        Ok(sandbox)
     }
 
-    /// Makes a sandbox on what there is.
-    pub(super) async fn create(&self, spec: &SandboxSpec, ground: Ground<'_>) -> Result<Sandbox> {
-        let tags = spec.tags.iter().map(|(name, value)| wire::SandboxTag {
-            tag_name: name.clone(),
-            tag_value: value.clone(),
-        });
+    /// Makes a sandbox on what there is. It's ended with the guard.
+    pub(super) async fn create(
+        &self,
+        spec: &SandboxSpec,
+        ground: Ground<'_>,
+    ) -> Result<(Sandbox, EndGuard)> {
+        let tag = |name: &str, value: &str| wire::SandboxTag {
+            tag_name: name.to_owned(),
+            tag_value: value.to_owned(),
+        };
+        let own = [tag(SESSION_TAG, ground.session), tag(OWNER_TAG, &leftovers::owner_tag())];
+        let tags = spec.tags.iter().map(|(name, value)| tag(name, value)).chain(own);
         let message = wire::SandboxCreateV2Request {
             app_id: ground.app.id.clone(),
             definition: Some(spec.definition(ground.image)),
@@ -88,19 +134,21 @@ impl ModalClient {
             stub.sandbox_create_v2(request).await
         });
         let what = "a sandbox of Modal";
-        let made = made.await.map_err(|fault| self.explain(&fault, what))?;
+        let made = made.await.map_err(|fault| {
+            if may_pass(&fault) {
+                let (app, session) = (ground.app.id.clone(), ground.session.to_owned());
+                tokio::spawn(self.clone().end_unanswered(app, session));
+            }
+            self.explain(&fault, what)
+        })?;
         let token = Some(made.sandbox_token).filter(|token| !token.is_empty());
+        let guard = EndGuard::new(self, &made.sandbox_id, token.as_deref());
         let access = made.command_router_access.unwrap_or_default();
         let router = Router::new(self, &made.sandbox_id, &made.task_id, &access);
-        let router = match router {
-            Ok(router) => Arc::new(router),
-            Err(fault) => {
-                drop(self.terminate(&made.sandbox_id).await);
-                return Err(self.explain(&fault, what));
-            }
-        };
+        let router = Arc::new(router.map_err(|fault| self.explain(&fault, what))?);
         let (client, id, tunnels) = (self.clone(), made.sandbox_id, made.tunnels);
-        Ok(Sandbox { inner: Arc::new(Inner { client, id, token, router, tunnels }) })
+        let inner = Inner { client, id, token, router, tunnels };
+        Ok((Sandbox { inner: Arc::new(inner) }, guard))
     }
 
     /// A sandbox that was made elsewhere, by its id.
@@ -279,7 +327,7 @@ impl Sandbox {
     ///
     /// [`Error::Unavailable`] when Modal doesn't answer.
     pub async fn terminate(&self) -> Result<()> {
-        self.inner.client.terminate(self.id()).await
+        self.inner.client.end(self.id(), self.inner.token.as_deref()).await
     }
 
     /// Makes an image of its files, for [`ModalImage::from_id`](super::ModalImage::from_id): its id. Modal keeps it for so long, or

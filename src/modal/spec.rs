@@ -11,7 +11,8 @@ use crate::error::{Error, Result};
 /// A sandbox to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SandboxSpec {
-    /// The app that it belongs to; it's made if there is none of this name. Default: `kaa`.
+    /// The app that it belongs to; it's made if there is none of this name. What is to outlive its
+    /// process belongs in one without sessions, which end the leftovers of theirs. Default: `kaa`.
     pub app: String,
     /// What is in it. Default: `python:3.11-slim`.
     pub image: ModalImage,
@@ -27,7 +28,7 @@ pub struct SandboxSpec {
     pub network: Network,
     /// Variables that Modal puts into it. Default: none.
     pub secrets: Vec<Secret>,
-    /// Its tags. Default: none.
+    /// Its tags, beside those that Kaa gives it. Default: none.
     pub tags: Vec<(String, String)>,
     /// Ports that have a tunnel: an address of Modal's, public and encrypted. Default: none.
     pub ports: Vec<u16>,
