@@ -2,6 +2,8 @@
 
 #[path = "common/modal.rs"]
 mod cloud;
+#[path = "modal/control.rs"]
+mod control;
 #[path = "modal/endings.rs"]
 mod endings;
 #[path = "modal/faults.rs"]

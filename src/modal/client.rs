@@ -84,7 +84,7 @@ struct Token {
 }
 
 /// What a call is made with beside its message.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Extra<'a> {
     /// What Modal gave with the sandbox that the call is about.
     pub(super) sandbox_token: Option<&'a str>,
@@ -184,7 +184,8 @@ impl ModalClient {
         persist(rules, |attempt| {
             let mut request = self.request(message.clone(), &token);
             number(&mut request, &key, attempt);
-            if let Some(Ok(token)) = extra.sandbox_token.map(AsciiMetadataValue::try_from) {
+            if let Some(Ok(mut token)) = extra.sandbox_token.map(AsciiMetadataValue::try_from) {
+                token.set_sensitive(true);
                 request.metadata_mut().insert("x-modal-sandbox-token", token);
             }
             let answer = call(self.stub(), request);
@@ -241,8 +242,9 @@ impl ModalClient {
 
 impl Token {
     fn new(token: &str) -> Result<Self, Fault> {
-        let value = AsciiMetadataValue::try_from(token)
+        let mut value = AsciiMetadataValue::try_from(token)
             .map_err(|_| Fault::new(Code::Internal, "it gave a token that is none"))?;
+        value.set_sensitive(true);
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let life = channel::expiry(token).map_or(TOKEN_LIFE, |ends| ends - unix);
         let life = if life.is_finite() { life.clamp(0.0, 1e6) } else { TOKEN_LIFE };

@@ -33,13 +33,23 @@ const WORDS_BYTES_MAX: usize = 8 << 10;
 const WORDS_TIME: Duration = Duration::from_millis(500);
 
 /// Modal, with an app and an image.
-#[derive(Debug)]
 pub(super) struct ModalMachine {
     client: ModalClient,
     options: ModalOptions,
     app: App,
     image: String,
     secrets: Vec<wire::SecretSource>,
+}
+
+impl std::fmt::Debug for ModalMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModalMachine")
+            .field("client", &self.client)
+            .field("options", &self.options)
+            .field("app", &self.app)
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ModalMachine {

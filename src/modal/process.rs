@@ -17,7 +17,6 @@ const PIPE_BYTES: usize = 1 << 20;
 
 /// A process in a sandbox, with its streams. Dropping it lets go of the streams and closes its stdin;
 /// the process goes on.
-#[derive(Debug)]
 pub struct SandboxProcess {
     router: Arc<Router>,
     client: ModalClient,
@@ -26,6 +25,13 @@ pub struct SandboxProcess {
     stdout: DuplexStream,
     stderr: DuplexStream,
     carriers: Vec<AbortHandle>,
+}
+
+impl std::fmt::Debug for SandboxProcess {
+    /// Not what is in its streams.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SandboxProcess").field("exec", &self.exec).finish_non_exhaustive()
+    }
 }
 
 impl SandboxProcess {

@@ -39,7 +39,6 @@ pub struct Sandbox {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
 struct Inner {
     client: ModalClient,
     id: String,
@@ -181,6 +180,16 @@ impl ModalClient {
         let (client, id, router) = (self.clone(), id.to_owned(), Arc::new(router));
         let inner = Inner { client, id, token: None, router, tunnels: Vec::new() };
         Ok(Sandbox { inner: Arc::new(inner) })
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("client", &self.client)
+            .field("id", &self.id)
+            .field("tunnels", &self.tunnels)
+            .finish_non_exhaustive()
     }
 }
 

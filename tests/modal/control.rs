@@ -1,0 +1,70 @@
+//! The control plane: what it's told, how often it's asked, and what nobody else may see.
+
+use std::fmt::Debug;
+
+use kaa::modal::{ModalBackend, ModalClient, ModalConfig, ModalOptions};
+use kaa::modal::{SandboxSpec, Secret};
+
+use crate::cloud::{StandIn, StandInOptions};
+use crate::{client, config, stand_in};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_debug_output_shows_a_secret() {
+    let (value, token_secret) = ("hunter2-of-a-variable", "as-hunter2-of-the-account");
+    let options =
+        StandInOptions { token_secret: token_secret.into(), record: true, ..Default::default() };
+    let stand_in = StandIn::start(options).await;
+    let secrets = vec![Secret::Variable { name: "KEY".into(), value: value.into() }];
+    let options = ModalOptions { secrets: secrets.clone(), ..ModalOptions::default() };
+    let spec = SandboxSpec { secrets, ..SandboxSpec::default() };
+    let backend = ModalBackend::connect(config(&stand_in), options.clone(), &|_| {}).await;
+    let backend = backend.expect("a backend");
+    let client = client(&stand_in).await;
+    let sandbox = client.create_sandbox(&spec, &|_| {}).await.expect("a sandbox");
+    let process = sandbox.exec(&["true"], &[("KEY".into(), value.into())]).await.expect("it");
+    let reports = client.sandboxes(None).await.expect("a list");
+    let sandbox_token = format!("token-of-{}", sandbox.id());
+    let mut secrets = vec![value.to_owned(), token_secret.to_owned(), sandbox_token];
+    for call in stand_in.log() {
+        let is_token =
+            |name: &str| ["x-modal-auth-token", "authorization"].iter().any(|it| *it == name);
+        let tokens = call.metadata.into_iter().filter(|(name, _)| is_token(name));
+        secrets.extend(tokens.map(|(_, token)| token.trim_start_matches("Bearer ").to_owned()));
+    }
+    assert!(secrets.len() > 5, "no tokens were seen");
+    let shown: [(&str, &dyn Debug); 8] = [
+        ("config", &config(&stand_in)),
+        ("options", &options),
+        ("spec", &spec),
+        ("backend", &backend),
+        ("client", &client),
+        ("sandbox", &sandbox),
+        ("process", &process),
+        ("reports", &reports),
+    ];
+    for (what, shown) in shown {
+        for shown in [format!("{shown:?}"), format!("{shown:#?}")] {
+            assert!(!shown.is_empty());
+            let leak = secrets.iter().find(|secret| shown.contains(secret.as_str()));
+            assert_eq!(leak, None, "{what}: {shown}");
+        }
+    }
+    sandbox.terminate().await.expect("its end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_never_travels_in_plain_text_to_another_machine() {
+    let stand_in = stand_in().await;
+    for (urls, part) in [
+        (vec!["http://192.0.2.1:1"], "http:// would show the token"),
+        (vec!["https://127.0.0.1:1", "http://example.invalid"], "http:// would show the token"),
+        (vec!["http://localhost.example.invalid"], "http:// would show the token"),
+        (vec!["https://somebody:secret@192.0.2.1"], "no user name"),
+        (vec!["192.0.2.1:1"], "https://HOST"),
+    ] {
+        let server_urls = urls.iter().map(|&url| url.to_owned()).collect();
+        let config = ModalConfig { server_urls, ..config(&stand_in) };
+        let error = ModalClient::connect(config).await.expect_err("refused").to_string();
+        assert!(error.starts_with("server_urls") && error.contains(part), "{urls:?}: {error}");
+    }
+}
