@@ -98,8 +98,9 @@ impl ModalClient {
     /// # Errors
     ///
     /// [`Error::Unavailable`] when there is none, or the credentials are refused; [`Error::Invalid`] for
-    /// credentials that nobody has; [`Error::Io`] for certificates that can't be read.
+    /// credentials that nobody has, and addresses that they would be sent to in plain text; [`Error::Io`] for certificates that can't be read.
     pub async fn connect(config: ModalConfig) -> Result<Self> {
+        let config = config.checked()?;
         let roots = match &config.root_certificates {
             Some(path) => Some(std::fs::read(path).map_err(|e| {
                 Error::io(format!("reading the certificates {}", path.display()), e)
