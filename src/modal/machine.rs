@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::app::{App, Build};
 use super::client::ModalClient;
@@ -28,6 +29,8 @@ use crate::process::{Life, Machine, Started, Surroundings};
 const OWN_BYTES: u64 = 128 << 20;
 /// How long the cause of an end may take to be known.
 const AUTOPSY_TIME: Duration = Duration::from_secs(5);
+/// How long a session that is closed waits for the end of its sandbox.
+const CLOSE_TIME: Duration = Duration::from_secs(30);
 /// What is read of a process's last words.
 const WORDS_BYTES_MAX: usize = 8 << 10;
 const WORDS_TIME: Duration = Duration::from_millis(500);
@@ -251,15 +254,23 @@ impl Life for ModalLife {
         self.process = None;
         let Some(guard) = self.guard.take() else { return Ok(()) };
         // Without an end that is sure, the guard goes on with it.
-        self.sandbox.terminate().await?;
+        let ended = tokio::time::timeout(CLOSE_TIME, self.sandbox.terminate()).await;
+        ended.unwrap_or_else(|_| {
+            let reason = format!(
+                "no answer within {CLOSE_TIME:?}; it's tried for some minutes more, and `kaa modal list` \
+                 shows what is left"
+            );
+            Err(Error::unavailable("the end of the Modal sandbox", reason))
+        })?;
         guard.release();
         Ok(())
     }
 
     async fn autopsy(&mut self) -> Error {
         let poisoned = |reason: String| Error::Poisoned { reason };
+        let until = Instant::now() + AUTOPSY_TIME;
         let known = self.ending.borrow().clone();
-        let asked = tokio::time::timeout(AUTOPSY_TIME, async {
+        let asked = tokio::time::timeout_at(until, async {
             match known {
                 Some(ending) => Ok(Some(ending)),
                 None => self.sandbox.ended().await,
@@ -283,9 +294,17 @@ impl Life for ModalLife {
         let words = self.words().await;
         let words = if words.is_empty() { words } else { format!(": {words}") };
         let process = self.process.as_ref();
-        let exit = match process {
-            Some(process) => process.poll().await,
-            None => None,
+        let polled = async {
+            match process {
+                Some(process) => process.poll().await,
+                None => None,
+            }
+        };
+        let Ok(exit) = tokio::time::timeout_at(until, polled).await else {
+            return poisoned(format!(
+                "the connection to the session's process was lost: its sandbox runs, but the worker \
+                 that it's on doesn't answer{words}"
+            ));
         };
         match exit {
             Some(ProcessExit::Code(127 | 126)) => {
