@@ -14,6 +14,8 @@ mod leaks;
 mod sandboxes;
 #[path = "modal/sessions.rs"]
 mod sessions;
+#[path = "modal/streams.rs"]
+mod streams;
 
 use std::time::{Duration, Instant};
 

@@ -205,7 +205,8 @@ impl ModalLife {
     /// The streams of the process. Its output ends, too, when the sandbox does.
     fn streams(&mut self) -> Result<(Reader, Writer)> {
         let process = self.process.as_mut();
-        let Some((stdout, Some(stdin))) = process.map(SandboxProcess::take_streams) else {
+        let streams = process.and_then(|process| Some((process.stdout()?, process.stdin()?)));
+        let Some((stdout, stdin)) = streams else {
             return Err(Error::Internal("a process in a sandbox without streams".into()));
         };
         let reader = super::until::Until::new(stdout, self.ending.clone());
@@ -214,12 +215,13 @@ impl ModalLife {
 
     /// What the process said to nobody in particular.
     async fn words(&mut self) -> String {
-        let Some(process) = &mut self.process else { return String::new() };
+        let stderr = self.process.as_mut().and_then(|process| process.stderr());
+        let Some(mut stderr) = stderr else { return String::new() };
         let mut bytes = vec![0; WORDS_BYTES_MAX];
         let mut length = 0;
         let read = async {
             while length < bytes.len() {
-                match process.stderr().read(&mut bytes[length..]).await {
+                match stderr.read(&mut bytes[length..]).await {
                     Ok(0) | Err(_) => break,
                     Ok(more) => length += more,
                 }

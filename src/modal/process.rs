@@ -1,9 +1,12 @@
 //! A process in a sandbox, with its streams.
 
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::task::AbortHandle;
 
 use super::client::ModalClient;
@@ -15,16 +18,23 @@ use crate::error::Result;
 /// Bytes between a stream of a process and the connection.
 const PIPE_BYTES: usize = 1 << 20;
 
-/// A process in a sandbox, with its streams. Dropping it lets go of the streams and closes its stdin;
-/// the process goes on.
+/// A process in a sandbox, with its streams. Dropping it lets go of those that weren't taken, which closes
+/// its stdin; the process goes on.
+///
+/// What it writes is best read as it comes: how much Modal keeps of what nobody reads isn't known.
 pub struct SandboxProcess {
     router: Arc<Router>,
     client: ModalClient,
     exec: String,
     stdin: Option<DuplexStream>,
-    stdout: DuplexStream,
-    stderr: DuplexStream,
-    carriers: Vec<AbortHandle>,
+    stdout: Option<ProcessOutput>,
+    stderr: Option<ProcessOutput>,
+}
+
+/// What a process writes to one of its streams. It's carried for as long as somebody has it.
+struct ProcessOutput {
+    stream: DuplexStream,
+    carrier: AbortHandle,
 }
 
 impl std::fmt::Debug for SandboxProcess {
@@ -46,39 +56,44 @@ impl SandboxProcess {
         let carried = Stdin::new(Arc::clone(router), exec.to_owned(), far, patience);
         // It ends by itself, with the end of what it carries: a process whose stdin is dropped is told.
         tokio::spawn(carried.run());
-        let mut carriers = Vec::new();
-        let mut output = |descriptor| {
-            let (near, sink) = tokio::io::duplex(PIPE_BYTES);
+        let output = |descriptor| {
+            let (stream, sink) = tokio::io::duplex(PIPE_BYTES);
             let (router, exec) = (Arc::clone(router), exec.to_owned());
             let output = Output { router, exec, descriptor, sink, patience };
-            carriers.push(tokio::spawn(output.run()).abort_handle());
-            near
+            let carrier = tokio::spawn(output.run()).abort_handle();
+            Some(ProcessOutput { stream, carrier })
         };
-        let (stdout, stderr) = (output(Descriptor::Stdout), output(Descriptor::Stderr));
-        let (router, client, exec) = (Arc::clone(router), client.clone(), exec.to_owned());
-        Self { router, client, exec, stdin: Some(stdin), stdout, stderr, carriers }
+        Self {
+            router: Arc::clone(router),
+            client: client.clone(),
+            exec: exec.to_owned(),
+            stdin: Some(stdin),
+            stdout: output(Descriptor::Stdout),
+            stderr: output(Descriptor::Stderr),
+        }
     }
 
     /// Its stdin, once. Dropping that closes it.
-    pub fn stdin(&mut self) -> Option<impl AsyncWrite + Send + Sync + Unpin + 'static> {
+    pub fn stdin(&mut self) -> Option<impl AsyncWrite + Send + Sync + Unpin + use<>> {
         self.stdin.take()
     }
 
-    /// What it writes to stdout.
-    pub fn stdout(&mut self) -> &mut (impl AsyncRead + Send + Sync + Unpin + 'static) {
-        &mut self.stdout
+    /// What it writes to stdout, once. It stays when the process is dropped here.
+    pub fn stdout(&mut self) -> Option<impl AsyncRead + Send + Sync + Unpin + use<>> {
+        self.stdout.take()
     }
 
-    /// What it writes to stderr.
-    pub fn stderr(&mut self) -> &mut (impl AsyncRead + Send + Sync + Unpin + 'static) {
-        &mut self.stderr
+    /// What it writes to stderr, once. It stays when the process is dropped here.
+    pub fn stderr(&mut self) -> Option<impl AsyncRead + Send + Sync + Unpin + use<>> {
+        self.stderr.take()
     }
 
     /// Waits until it has ended.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] when the sandbox has ended before, or Modal doesn't answer.
+    /// [`Error::Unavailable`](crate::Error::Unavailable) when the sandbox has ended before, or Modal
+    /// doesn't answer.
     pub async fn wait(&self) -> Result<ProcessExit> {
         let waited = self.router.wait(&self.exec).await;
         waited.map_err(|fault| self.client.explain(&fault, "a process in the Modal sandbox"))
@@ -93,15 +108,20 @@ impl SandboxProcess {
     pub(super) fn stdin_mut(&mut self) -> Option<&mut DuplexStream> {
         self.stdin.as_mut()
     }
+}
 
-    /// Takes the streams that a session is carried by.
-    pub(super) fn take_streams(&mut self) -> (DuplexStream, Option<DuplexStream>) {
-        (std::mem::replace(&mut self.stdout, tokio::io::duplex(1).0), self.stdin.take())
+impl AsyncRead for ProcessOutput {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
-impl Drop for SandboxProcess {
+impl Drop for ProcessOutput {
     fn drop(&mut self) {
-        self.carriers.iter().for_each(AbortHandle::abort);
+        self.carrier.abort();
     }
 }

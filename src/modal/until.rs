@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::watch;
 
 use super::ending::Ending;
@@ -17,13 +17,13 @@ const DRAIN_TIME: Duration = Duration::from_secs(1);
 type Ended = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 /// A stream, and the end of what it comes from.
-pub(super) struct Until {
-    stream: DuplexStream,
+pub(super) struct Until<S> {
+    stream: S,
     ended: Ended,
 }
 
-impl Until {
-    pub(super) fn new(stream: DuplexStream, mut ending: watch::Receiver<Option<Ending>>) -> Self {
+impl<S> Until<S> {
+    pub(super) fn new(stream: S, mut ending: watch::Receiver<Option<Ending>>) -> Self {
         let ended = async move {
             if ending.wait_for(Option::is_some).await.is_err() {
                 // Nobody watches: the connection alone tells.
@@ -35,7 +35,7 @@ impl Until {
     }
 }
 
-impl AsyncRead for Until {
+impl<S: AsyncRead + Unpin> AsyncRead for Until<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

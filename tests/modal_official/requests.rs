@@ -112,7 +112,7 @@ async fn the_same_by_kaa(stand_in: &StandIn) {
     stdin.write_all(b"hello").await.unwrap();
     drop(stdin);
     let mut text = String::new();
-    process.stdout().read_to_string(&mut text).await.unwrap();
+    process.stdout().unwrap().read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "hello");
     assert_eq!(process.wait().await.unwrap(), ProcessExit::Code(7));
     sandbox.snapshot_filesystem(None).await.unwrap();
