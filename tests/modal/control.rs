@@ -1,11 +1,13 @@
 //! The control plane: what it's told, how often it's asked, and what nobody else may see.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
-use kaa::modal::{ModalBackend, ModalClient, ModalConfig, ModalOptions};
+use kaa::modal::{ModalBackend, ModalClient, ModalConfig, ModalImage, ModalOptions};
 use kaa::modal::{SandboxSpec, Secret};
+use tonic::Code;
 
-use crate::cloud::{StandIn, StandInOptions};
+use crate::cloud::{Fault, StandIn, StandInOptions};
 use crate::{client, config, stand_in};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,5 +68,32 @@ async fn a_token_never_travels_in_plain_text_to_another_machine() {
         let config = ModalConfig { server_urls, ..config(&stand_in) };
         let error = ModalClient::connect(config).await.expect_err("refused").to_string();
         assert!(error.starts_with("server_urls") && error.contains(part), "{urls:?}: {error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_comes_to_nothing_shows_the_end_of_its_log() {
+    for (faults, build_timeout, parts) in [
+        (vec![], Duration::from_secs(1), ["modal.build_timeout", "a first step"]),
+        (
+            // What was heard stays heard when the log breaks off, and then is refused.
+            vec![Fault::Mid { after_bytes: 1 }, Fault::Before(Code::NotFound)],
+            Duration::from_secs(60),
+            ["isn't there", "the end of its log:\n  => "],
+        ),
+    ] {
+        let stand_in = stand_in().await;
+        let commands = ["RUN echo a first step; sleep 3"];
+        let image = ModalImage::default().dockerfile_commands(commands);
+        // The layer below is there, so that the faults hit the one that is slow.
+        crate::backend(&stand_in).await;
+        for fault in faults {
+            stand_in.fault("ImageJoinStreaming", fault);
+        }
+        let options = ModalOptions { image, build_timeout, ..ModalOptions::default() };
+        let error = ModalBackend::connect(config(&stand_in), options, &|_| {}).await;
+        let error = error.expect_err("there is no image").to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        assert!(!error.contains("Aborted"), "{error}");
     }
 }
