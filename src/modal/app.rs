@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Stream, StreamExt};
 use tonic::{Code, Status};
 
-use super::client::{Extra, ModalClient};
+use super::client::{ASK_PAUSE, Extra, ModalClient};
 use super::fault::{Fault, said};
 use super::image::{Base, ModalImage};
 use super::options::{self, Secret};
@@ -199,6 +199,7 @@ impl ModalClient {
                 last_entry_id: heard.last_entry.clone(),
                 include_logs_for_finished: true,
             };
+            let asked = Instant::now();
             let request = self.request(message, &self.token().await?);
             let listened = match self.stub().image_join_streaming(request).await {
                 Err(status) => Err(Fault::from(status)),
@@ -207,12 +208,16 @@ impl ModalClient {
             if heard.result.is_some() {
                 return Ok(());
             }
-            if let Err(fault) = listened {
-                heard.failures += 1;
-                if !fault.is_transient() || heard.failures > LOG_FAILURES_MAX {
-                    return Err(fault);
+            match listened {
+                // The server may not have held the question.
+                Ok(()) => tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await,
+                Err(fault) => {
+                    heard.failures += 1;
+                    if !fault.is_transient() || heard.failures > LOG_FAILURES_MAX {
+                        return Err(fault);
+                    }
+                    tokio::time::sleep(LOG_PAUSE).await;
                 }
-                tokio::time::sleep(LOG_PAUSE).await;
             }
         }
     }

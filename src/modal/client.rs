@@ -33,6 +33,9 @@ const TOKEN_LIFE: f64 = 20.0 * 60.0;
 const REFRESH_AFTER: f64 = 0.5;
 const REFRESH_JITTER: f64 = 0.1;
 
+/// Between two questions that Modal is to hold until there is an answer, from the one to the other.
+pub(super) const ASK_PAUSE: Duration = Duration::from_secs(1);
+
 pub(super) type Stub = ModalClientClient<Channel>;
 
 /// Modal, as somebody with these credentials. Cheap to clone.

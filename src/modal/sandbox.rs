@@ -2,13 +2,13 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tonic::Code;
 use uuid::Uuid;
 
 use super::app::{App, Build};
-use super::client::{Extra, ModalClient};
+use super::client::{ASK_PAUSE, Extra, ModalClient};
 use super::ending::{self, Ending};
 use super::fault::Fault;
 use super::leftovers::{self, EndGuard};
@@ -311,12 +311,14 @@ impl Sandbox {
     /// Waits until it has ended: how.
     pub(super) async fn watch(&self) -> Result<Ending, Fault> {
         loop {
+            let asked = Instant::now();
             match self.wait_for(WAIT_TIME, Some(WAIT_ANSWER_TIME)).await {
                 Ok(Some(ending)) => return Ok(ending),
                 Ok(None) => {}
                 Err(fault) if fault.code == Code::DeadlineExceeded => {}
                 Err(fault) => return Err(fault),
             }
+            tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await;
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use kaa::modal::{ModalBackend, ModalClient, ModalConfig, ModalImage, ModalOptions};
 use kaa::modal::{SandboxSpec, Secret};
+use kaa::{Backend, EnvironmentOptions};
 use tonic::Code;
 
 use crate::cloud::{Fault, StandIn, StandInOptions};
@@ -96,4 +97,21 @@ async fn a_build_that_comes_to_nothing_shows_the_end_of_its_log() {
         assert!(parts.iter().all(|part| error.contains(part)), "{error}");
         assert!(!error.contains("Aborted"), "{error}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_holds_no_question_is_not_stormed() {
+    let options = StandInOptions { holds: false, ..StandInOptions::default() };
+    let stand_in = StandIn::start(options).await;
+    let image = ModalImage::default().dockerfile_commands(["RUN sleep 2"]);
+    let options = ModalOptions { image, ..ModalOptions::default() };
+    let backend = ModalBackend::connect(config(&stand_in), options, &|_| {}).await.expect("it");
+    let asked = stand_in.calls("ImageJoinStreaming");
+    assert!((2..=6).contains(&asked), "{asked} questions about two layers");
+    let session = backend.open(EnvironmentOptions::default()).await.expect("a session");
+    let before = stand_in.calls("SandboxWaitV2");
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let asked = stand_in.calls("SandboxWaitV2") - before;
+    assert!((1..=4).contains(&asked), "{asked} questions about a sandbox");
+    session.close().await.expect("the end");
 }
