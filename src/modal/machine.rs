@@ -183,7 +183,8 @@ impl ModalLife {
         let (send, ending) = watch::channel(None);
         let watched = sandbox.clone();
         let watcher = tokio::spawn(async move {
-            if let Ok(ending) = watched.watch().await {
+            // After this time it has ended for sure.
+            if let Ok(ending) = watched.watch(bounds.timeout).await {
                 drop(send.send(Some(ending)));
             }
         });

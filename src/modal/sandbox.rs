@@ -4,7 +4,6 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tonic::Code;
 use uuid::Uuid;
 
 use super::app::{App, Build};
@@ -12,7 +11,7 @@ use super::client::{ASK_PAUSE, Extra, ModalClient};
 use super::ending::{self, Ending};
 use super::fault::Fault;
 use super::leftovers::{self, EndGuard};
-use super::outage::may_pass;
+use super::outage::{may_pass, outlast};
 use super::process::SandboxProcess;
 use super::proto::client as wire;
 use super::router::{Command, Router};
@@ -28,6 +27,8 @@ const TUNNEL_TIME: f32 = 50.0;
 /// How long Modal holds the question whether a sandbox has ended, and how long its answer may take.
 const WAIT_TIME: f32 = 10.0;
 const WAIT_ANSWER_TIME: Duration = Duration::from_secs(15);
+/// How long an outage may last while somebody waits for a sandbox's end.
+const WAIT_PATIENCE: Duration = Duration::from_secs(10 * 60);
 /// What Modal takes as arguments of a process, all of them together.
 const ARGUMENT_CHARS_MAX: usize = 65_536;
 
@@ -308,15 +309,13 @@ impl Sandbox {
         Ok(result.map(|result| ending::of_result(&result)))
     }
 
-    /// Waits until it has ended: how.
-    pub(super) async fn watch(&self) -> Result<Ending, Fault> {
+    /// Waits until it has ended: how. Outages that are no longer than `patience` are waited for, too.
+    pub(super) async fn watch(&self, patience: Duration) -> Result<Ending, Fault> {
         loop {
             let asked = Instant::now();
-            match self.wait_for(WAIT_TIME, Some(WAIT_ANSWER_TIME)).await {
-                Ok(Some(ending)) => return Ok(ending),
-                Ok(None) => {}
-                Err(fault) if fault.code == Code::DeadlineExceeded => {}
-                Err(fault) => return Err(fault),
+            let question = || self.wait_for(WAIT_TIME, Some(WAIT_ANSWER_TIME));
+            if let Some(ending) = outlast(patience, question).await? {
+                return Ok(ending);
             }
             tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await;
         }
@@ -326,9 +325,9 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] when Modal doesn't answer.
+    /// [`Error::Unavailable`] when Modal doesn't answer for ten minutes.
     pub async fn wait(&self) -> Result<String> {
-        let ended = self.watch().await.map(|ending| ending.words(None));
+        let ended = self.watch(WAIT_PATIENCE).await.map(|ending| ending.words(None));
         ended.map_err(|fault| self.explain(&fault, "the end of the Modal sandbox"))
     }
 

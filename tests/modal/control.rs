@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use kaa::modal::{ModalBackend, ModalClient, ModalConfig, ModalImage, ModalOptions};
 use kaa::modal::{SandboxSpec, Secret};
-use kaa::{Backend, EnvironmentOptions};
+use kaa::{Backend, EnvironmentExt, EnvironmentOptions};
 use tonic::Code;
 
 use crate::cloud::{Fault, StandIn, StandInOptions};
-use crate::{client, config, stand_in};
+use crate::{client, config, session, stand_in};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_debug_output_shows_a_secret() {
@@ -113,5 +113,25 @@ async fn a_server_that_holds_no_question_is_not_stormed() {
     tokio::time::sleep(Duration::from_millis(2500)).await;
     let asked = stand_in.calls("SandboxWaitV2") - before;
     assert!((1..=4).contains(&asked), "{asked} questions about a sandbox");
+    session.close().await.expect("the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_is_watched_on_after_an_outage() {
+    let stand_in = stand_in().await;
+    let mut session = session(&stand_in).await;
+    session.execute("1").await.expect("a cell");
+    stand_in.refuse_connections(true);
+    stand_in.cut_connections();
+    // Longer than the tries of one call take.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let before = stand_in.calls("SandboxWaitV2");
+    stand_in.refuse_connections(false);
+    let since = std::time::Instant::now();
+    while stand_in.calls("SandboxWaitV2") == before {
+        assert!(since.elapsed() < Duration::from_secs(10), "nobody watches");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    session.execute("2").await.expect("another cell");
     session.close().await.expect("the end");
 }
