@@ -44,6 +44,7 @@ mod sandbox;
 mod spec;
 mod stdin;
 mod stdout;
+mod token;
 mod until;
 
 use std::path::Path;

@@ -200,7 +200,8 @@ impl ModalClient {
                 include_logs_for_finished: true,
             };
             let asked = Instant::now();
-            let request = self.request(message, &self.token().await?);
+            let token = self.token().await?;
+            let request = self.request(message, &token);
             let listened = match self.stub().image_join_streaming(request).await {
                 Err(status) => Err(Fault::from(status)),
                 Ok(answer) => heard.listen(answer.into_inner(), progress).await,
@@ -211,6 +212,10 @@ impl ModalClient {
             match listened {
                 // The server may not have held the question.
                 Ok(()) => tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await,
+                Err(fault) if fault.code == Code::Unauthenticated && !heard.is_refused => {
+                    heard.is_refused = true;
+                    self.other_token(&token).await?;
+                }
                 Err(fault) => {
                     heard.failures += 1;
                     if !fault.is_transient() || heard.failures > LOG_FAILURES_MAX {
@@ -290,6 +295,8 @@ struct Heard {
     last_entry: String,
     /// How often in a row the log broke off.
     failures: u32,
+    /// Whether the token was refused since something was heard.
+    is_refused: bool,
     result: Option<wire::GenericResult>,
 }
 
@@ -311,7 +318,7 @@ impl Heard {
                 Some(Err(_)) if self.result.is_some() => return Ok(()),
                 Some(message) => message?,
             };
-            self.failures = 0;
+            (self.failures, self.is_refused) = (0, false);
             if !message.entry_id.is_empty() {
                 self.last_entry = message.entry_id;
             }

@@ -135,3 +135,44 @@ async fn a_sandbox_is_watched_on_after_an_outage() {
     session.execute("2").await.expect("another cell");
     session.close().await.expect("the end");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_ended_before_its_time_is_replaced() {
+    let stand_in = stand_in().await;
+    let client = client(&stand_in).await;
+    let mut session = session(&stand_in).await;
+    session.execute("1").await.expect("a cell");
+    let asked = stand_in.calls("AuthTokenGet");
+    stand_in.revoke_tokens();
+    assert_eq!(client.sandboxes(None).await.expect("a list").len(), 1);
+    assert_eq!(stand_in.calls("AuthTokenGet"), asked + 1);
+    session.execute("2").await.expect("another cell");
+    session.close().await.expect("the end");
+    // A call that is refused with the new one, too, is refused.
+    for _ in 0..2 {
+        stand_in.fault("SandboxListV2", Fault::Unauthenticated);
+    }
+    let error = client.sandboxes(None).await.expect_err("refused").to_string();
+    assert!(error.contains("refused the token"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_go_on_with_the_old_token_while_the_next_is_asked_for() {
+    let token_life = Duration::from_secs(8);
+    let stand_in = StandIn::start(StandInOptions { token_life, ..StandInOptions::default() }).await;
+    let client = client(&stand_in).await;
+    // Past 60 % of its life.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    stand_in.fault("AuthTokenGet", Fault::Delay(Duration::from_secs(30)));
+    let first = tokio::spawn({
+        let client = client.clone();
+        async move { client.sandboxes(None).await.map(drop) }
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let others = (0..8).map(|_| client.sandboxes(None));
+    let others =
+        tokio::time::timeout(Duration::from_millis(1500), futures_util::future::join_all(others));
+    let others = others.await.expect("they don't wait");
+    assert!(others.iter().all(Result::is_ok) && !first.is_finished());
+    first.abort();
+}
