@@ -143,12 +143,36 @@ impl ModalClient {
         })?;
         let token = Some(made.sandbox_token).filter(|token| !token.is_empty());
         let guard = EndGuard::new(self, &made.sandbox_id, token.as_deref());
-        let access = made.command_router_access.unwrap_or_default();
-        let router = Router::new(self, &made.sandbox_id, &made.task_id, &access);
+        let own = (made.sandbox_id.as_str(), token.as_deref());
+        let access = match made.command_router_access {
+            Some(access) if !access.url.is_empty() => access,
+            _ => self.access(own.0, own.1).await.map_err(|fault| self.explain(&fault, what))?,
+        };
+        let router = Router::new(self, own, &made.task_id, &access);
         let router = Arc::new(router.map_err(|fault| self.explain(&fault, what))?);
         let (client, id, tunnels) = (self.clone(), made.sandbox_id, made.tunnels);
         let inner = Inner { client, id, token, router, tunnels };
         Ok((Sandbox { inner: Arc::new(inner) }, guard))
+    }
+
+    /// Where the worker of a sandbox is, and a pass for it.
+    ///
+    /// # Errors
+    ///
+    /// As every call.
+    pub(super) async fn access(
+        &self,
+        id: &str,
+        sandbox_token: Option<&str>,
+    ) -> Result<wire::CommandRouterAccess, Fault> {
+        let target = wire::sandbox_get_command_router_access_request::Target::SandboxId(id.into());
+        let message = wire::SandboxGetCommandRouterAccessRequest { target: Some(target) };
+        let extra = Extra { sandbox_token, ..Extra::default() };
+        let access = self.call(message, extra, |mut stub, request| async move {
+            stub.sandbox_get_command_router_access(request).await
+        });
+        let access = access.await?;
+        Ok(wire::CommandRouterAccess { jwt: access.jwt, url: access.url })
     }
 
     /// A sandbox that was made elsewhere, by its id.
@@ -170,14 +194,8 @@ impl ModalClient {
         if let Some(result) = task.task_result.as_ref().filter(|result| result.status != 0) {
             return Err(Error::unavailable(what, ending::of_result(result).words(None)));
         }
-        let target = wire::sandbox_get_command_router_access_request::Target::SandboxId(id.into());
-        let message = wire::SandboxGetCommandRouterAccessRequest { target: Some(target) };
-        let access = self.call(message, Extra::default(), |mut stub, request| async move {
-            stub.sandbox_get_command_router_access(request).await
-        });
-        let access = access.await.map_err(explain)?;
-        let access = wire::CommandRouterAccess { jwt: access.jwt, url: access.url };
-        let router = Router::new(self, id, task.task_id(), &access).map_err(explain)?;
+        let access = self.access(id, None).await.map_err(explain)?;
+        let router = Router::new(self, (id, None), task.task_id(), &access).map_err(explain)?;
         let (client, id, router) = (self.clone(), id.to_owned(), Arc::new(router));
         let inner = Inner { client, id, token: None, router, tunnels: Vec::new() };
         Ok(Sandbox { inner: Arc::new(inner) })

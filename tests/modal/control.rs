@@ -176,3 +176,41 @@ async fn calls_go_on_with_the_old_token_while_the_next_is_asked_for() {
     assert!(others.iter().all(Result::is_ok) && !first.is_finished());
     first.abort();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_does_not_tell_the_worker_is_asked_after() {
+    for tells_router in [true, false] {
+        let options = StandInOptions { tells_router, record: true, ..StandInOptions::default() };
+        let stand_in = StandIn::start(options).await;
+        let client = client(&stand_in).await;
+        let sandbox = client.create_sandbox(&SandboxSpec::default(), &|_| {}).await.expect("it");
+        let asked = stand_in.calls("SandboxGetCommandRouterAccess");
+        assert_eq!(asked, usize::from(!tells_router));
+        // The worker refuses the pass: another is asked for, too.
+        stand_in.fault("TaskExecStart", Fault::Unauthenticated);
+        sandbox.exec(&["true"], &[]).await.expect("a process").wait().await.expect("its end");
+        sandbox.terminate().await.expect("its end");
+        let token = format!("token-of-{}", sandbox.id());
+        let mut seen = 0;
+        for call in stand_in.log() {
+            if !["SandboxGetCommandRouterAccess", "SandboxTerminateV2"].contains(&&*call.rpc) {
+                continue;
+            }
+            let is_it = |(name, value): &(String, String)| {
+                name == "x-modal-sandbox-token" && *value == token
+            };
+            assert!(call.metadata.iter().any(is_it), "{}: {:?}", call.rpc, call.metadata);
+            seen += 1;
+        }
+        assert_eq!(seen, asked + 2);
+        assert_eq!(crate::running(&stand_in), 0);
+    }
+    // Without one, nothing is left.
+    let options = StandInOptions { tells_router: false, ..StandInOptions::default() };
+    let stand_in = StandIn::start(options).await;
+    let client = client(&stand_in).await;
+    stand_in.fault("SandboxGetCommandRouterAccess", Fault::Before(Code::PermissionDenied));
+    let made = client.create_sandbox(&SandboxSpec::default(), &|_| {}).await;
+    made.expect_err("it can't be reached");
+    crate::all_ended(&stand_in).await;
+}
