@@ -8,6 +8,9 @@ use super::proto::client as wire;
 use super::proto::client::network_access::NetworkAccessType;
 use crate::error::{Error, Result};
 
+/// The shortest life: it's said in whole seconds.
+const TIMEOUT_MIN: Duration = Duration::from_secs(1);
+
 /// A sandbox to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SandboxSpec {
@@ -22,7 +25,7 @@ pub struct SandboxSpec {
     pub cpu: f64,
     /// Memory in MiB: what it's promised, and what it has at most. Default: 1,024.
     pub memory_mib: u32,
-    /// How long it lives at most, in whole seconds. Default: 1 h.
+    /// How long it lives at most, in whole seconds: 1 s to 24 h. Default: 1 h.
     pub timeout: Duration,
     /// Its network. Default: none.
     pub network: Network,
@@ -74,10 +77,18 @@ impl SandboxSpec {
         if self.workdir.as_ref().is_some_and(|path| !path.starts_with('/')) {
             return Err(Error::invalid("modal.workdir", "must be an absolute path"));
         }
-        if self.timeout < Duration::from_secs(1) {
-            return Err(Error::invalid("modal.timeout", "must be at least a second"));
+        if self.memory_mib == 0 {
+            return Err(Error::invalid("modal.memory_mib", "must be at least 1"));
         }
-        Ok(())
+        if self.ports.contains(&0) {
+            return Err(Error::invalid("modal.ports", "a port must be 1 to 65535"));
+        }
+        options::check_count("modal.ports", self.ports.len())?;
+        options::check_cpu(self.cpu)?;
+        options::check_timeout(self.timeout, TIMEOUT_MIN)?;
+        options::check_network(&self.network)?;
+        options::check_secrets(&self.secrets)?;
+        options::check_tags(&self.tags)
     }
 
     pub(super) fn definition(&self, image: &str) -> wire::Sandbox {
@@ -113,6 +124,48 @@ impl SandboxSpec {
             }),
             name: None,
             idle_timeout_secs: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        let fine = SandboxSpec::default;
+        let own = ("kaa-owner".to_owned(), "me".to_owned());
+        let variable = Secret::Variable { name: "A=B".into(), value: "v".into() };
+        let network = Network::Allow { cidrs: vec!["10.0.0.0/8".into(); 101], domains: Vec::new() };
+        for (field, spec) in [
+            ("modal.app", SandboxSpec { app: "a b".into(), ..fine() }),
+            ("modal.image", SandboxSpec { image: ModalImage::from_registry(""), ..fine() }),
+            ("modal.cpu", SandboxSpec { cpu: f64::NAN, ..fine() }),
+            ("modal.cpu", SandboxSpec { cpu: -1.0, ..fine() }),
+            ("modal.cpu", SandboxSpec { cpu: f64::INFINITY, ..fine() }),
+            ("modal.memory_mib", SandboxSpec { memory_mib: 0, ..fine() }),
+            ("modal.timeout", SandboxSpec { timeout: Duration::from_millis(999), ..fine() }),
+            ("modal.timeout", SandboxSpec { timeout: Duration::from_secs(86_401), ..fine() }),
+            ("modal.network", SandboxSpec { ports: vec![80], ..fine() }),
+            ("modal.network", SandboxSpec { network, ..fine() }),
+            ("modal.ports", SandboxSpec { ports: vec![0], network: Network::Open, ..fine() }),
+            ("modal.ports", SandboxSpec { ports: vec![1; 101], network: Network::Open, ..fine() }),
+            ("modal.secrets", SandboxSpec { secrets: vec![variable], ..fine() }),
+            (
+                "modal.secrets",
+                SandboxSpec { secrets: vec![Secret::Named(String::new())], ..fine() },
+            ),
+            ("modal.tags", SandboxSpec { tags: vec![own], ..fine() }),
+            ("modal.tags", SandboxSpec { tags: vec![("t".into(), String::new()); 101], ..fine() }),
+            ("modal.workdir", SandboxSpec { workdir: Some("here".into()), ..fine() }),
+        ] {
+            let error = spec.validate().unwrap_err().to_string();
+            assert!(error.starts_with(field), "{field}: {error}");
+        }
+        for seconds in [1, 86_400] {
+            let timeout = Duration::from_secs(seconds);
+            assert!(SandboxSpec { timeout, ..fine() }.validate().is_ok());
         }
     }
 }
