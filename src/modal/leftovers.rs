@@ -29,7 +29,8 @@ pub struct SandboxReport {
     pub created_at: SystemTime,
     /// Its tags.
     pub tags: Vec<(String, String)>,
-    /// Whether the process that made it lives. Nothing where that isn't known: it was another machine's.
+    /// Whether the process that made it lives. Nothing where that isn't known: it was another machine's, or
+    /// it's another user's, and this machine hides those.
     pub has_owner: Option<bool>,
 }
 
