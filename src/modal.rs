@@ -10,8 +10,9 @@
 //! too, so that a session needs no network and by default has none. Bytes have offsets in both
 //! directions: whatever becomes of a connection, each of them arrives once, so that no cell runs twice.
 //!
-//! A sandbox is ended when its session is closed or dropped, by its timeout whatever happens, and when a
-//! later process of the same machine [connects](ModalBackend::connect) and finds that its owner is dead.
+//! A sandbox is ended when its session is closed or dropped, which is tried for ten minutes in an outage,
+//! by its timeout whatever happens, and when a later process of the same machine
+//! [connects](ModalBackend::connect) and finds that its owner is dead.
 //!
 //! [`ModalClient`] and [`Sandbox`] are what sessions are made of: apps, images, sandboxes, processes in
 //! them, tunnels, and snapshots of their files.
