@@ -8,7 +8,7 @@ its stdin ends. Requests and answers are those of RLM's broker, and more:
     GET /health            anyone  {"status": "ok"}
     POST /enqueue          guest   {"type", ..., "id"?, "timeout"?}; blocks for the object given to /respond
     GET /pending, or POST  host    {"pending": [{"id", "request", "timeout"}], "gone": [id]}
-    POST /respond          host    {"id", "response": {...}}; {"status": "ok"}
+    POST /respond          host    {"id", "response": {...}, "poller"?}; {"status": "ok"}
 
 Everything but /health needs `Authorization: Bearer TOKEN`. Each token opens only its own endpoints, so that cells can
 neither read nor answer what others ask. Errors are {"error": TEXT, "code": WORD}.
@@ -17,7 +17,8 @@ neither read nor answer what others ask. Errors are {"error": TEXT, "code": WORD
 a list) and "form": with "text", each request is the text of its JSON. Those of GET stand in the query. An item is
 handed to one poller. What it doesn't hold when it asks again was lost on the way and is handed out at once; so a
 poller that never holds anything sees everything that is unanswered, as with RLM's. An item goes to another
-poller when its own was not heard of for "lease_seconds". "gone" are held ids that nobody waits for any more.
+poller when its own was not heard of for "lease_seconds". "gone" are held ids that nobody waits for any more, but for
+those that this poller has answered.
 
 The first answer to an item counts, and a repeated one is accepted without effect. The same goes for a repeated
 /enqueue with an "id" that the guest chose: it waits for the same answer, or gets what was answered a while ago. Whose
@@ -60,10 +61,10 @@ LIMITS = {
 SETTINGS_MAX = LINE_MAX = 1 << 16
 TOKEN_MIN, WAIT_MAX = 16, 60.0
 POLLERS_MAX, ANSWERED_MAX = 16, 4096
+ANY = "-"  # A poller that doesn't give its name.
 LOOK = 0.5  # Seconds between two looks at whether a waiting peer is still there.
 DRAIN_PIECES, DRAIN_SECONDS = 256, 2.0  # What is read of a refused request, so that its sender reads the answer.
-STACK = 512 << 10
-PR_SET_DUMPABLE = 4  # linux/prctl.h
+STACK, PR_SET_DUMPABLE = 512 << 10, 4  # The latter of linux/prctl.h.
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.:-]{1,64}\Z")
 
 
@@ -128,12 +129,11 @@ class Queue:
     """What guests asked and hosts haven't answered. Under its one lock nothing is done but bookkeeping."""
 
     def __init__(self, limits):
-        self.limits = limits
-        self.lock = threading.Lock()
+        self.limits, self.lock = limits, threading.Lock()
         self.arrived = threading.Condition(self.lock)
         self.items = collections.OrderedDict()
-        self.kept = collections.OrderedDict()  # Digest of the request, answer and time, by id.
-        self.answered = collections.OrderedDict()
+        self.kept = collections.OrderedDict()  # By id: digest of the request, answer, time.
+        self.answered = collections.OrderedDict()  # By id: whose answer it was.
         self.pollers = collections.OrderedDict()  # The number of the last poll, by poller.
         self.bytes = self.kept_bytes = self.waiting = 0
 
@@ -188,8 +188,7 @@ class Queue:
                 raise Refused(409, "conflict", "another request has this id")
             if answer is not None:
                 return None, answer
-            most = self.limits["items_max"]
-            if self.waiting >= most or (known is None and len(self.items) >= most):
+            if max(self.waiting, len(self.items) if known is None else 0) >= self.limits["items_max"]:
                 raise crowded("as many requests wait as may")
             if known is None:
                 known = self.items[name] = Item(name, is_chosen, body, until, self.lock)
@@ -240,7 +239,9 @@ class Queue:
                 # A newer poll of the same host took the place of this one, whose answer nobody reads.
                 if self.pollers.get(poller) != turn or not is_there():
                     return [], []
-                found, gone = self.due(poller, held, most, now), [name for name in held if name not in self.items]
+                found = self.due(poller, held, most, now)
+                # Its own answer is no news to a host, and must not end the poll that the next item needs.
+                gone = [name for name in held if name not in self.items and self.answered.get(name) != poller]
                 if found or gone or now >= until:
                     self.lend(poller, held, found, now)
                     return [(item.name, item.body, item.until - now) for item in found], gone
@@ -257,7 +258,7 @@ class Queue:
         for item in [*found, *(item for item in held if item.poller in (None, poller) or now >= item.lease)]:
             item.poller, item.lease = poller, now + self.limits["lease_seconds"]
 
-    def respond(self, name, answer):
+    def respond(self, name, answer, poller):
         with self.lock:
             item = self.items.get(name)
             if item is None:
@@ -265,7 +266,7 @@ class Queue:
                     return
                 raise Refused(404, "unknown_id", "Request not found")
             item.answer = answer
-            self.answered[name] = None
+            self.answered[name] = poller
             while len(self.answered) > ANSWERED_MAX:
                 self.answered.popitem(last=False)
             if item.is_chosen:
@@ -316,8 +317,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.incoming, 1 << 16)
         self.wfile = io.BytesIO()
         self.limits = self.server.limits
-        self.is_known = False
-        self.unread = False
+        self.is_known = self.unread = False
 
     def finish(self):
         if self.unread:
@@ -429,7 +429,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(held, list) or len(held) > ANSWERED_MAX:
             raise unreadable(f"'held' must be a list of at most {ANSWERED_MAX} ids")
         held = dict.fromkeys(map(identifier, held))
-        poller = identifier(asked["poller"]) if "poller" in asked else ""
+        poller = identifier(asked.get("poller", ANY))
         most = int(number(asked.get("max", 64), "max", 1024))
         wait = number(asked.get("wait", 0), "wait", WAIT_MAX)
         found, gone = self.server.queue.poll(poller, held, most, wait, self.is_there)
@@ -445,7 +445,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = read_object(self.body(self.length(self.limits["answer_bytes_max"])))
         if not isinstance(asked.get("response"), dict):
             raise unreadable("'response' must be the object that the guest gets")
-        self.server.queue.respond(identifier(asked.get("id")), json.dumps(asked["response"]).encode())
+        name, poller = identifier(asked.get("id")), identifier(asked.get("poller", ANY))
+        self.server.queue.respond(name, json.dumps(asked["response"]).encode(), poller)
         return b'{"status": "ok"}'
 
     def send(self, status, body, headers=None):
@@ -487,8 +488,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.limits = limits
         self.tokens = {role: hashlib.sha256(token.encode()).digest() for role, token in tokens.items()}
         self.queue = Queue(limits)
-        self.lock = threading.Lock()
-        self.open = set()
+        self.lock, self.open = threading.Lock(), set()
         self.resting = collections.OrderedDict()  # Handlers that wait for a request or its token.
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, Handler)

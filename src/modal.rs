@@ -10,8 +10,9 @@
 //! too, so that a session needs no network and by default has none. Bytes have offsets in both
 //! directions: whatever becomes of a connection, each of them arrives once, so that no cell runs twice.
 //!
-//! A sandbox is ended when its session is closed or dropped, by its timeout whatever happens, and when a
-//! later process of the same machine [connects](ModalBackend::connect) and finds that its owner is dead.
+//! A sandbox is ended when its session is closed or dropped, which is tried for ten minutes in an outage,
+//! by its timeout whatever happens, and when a later process of the same machine
+//! [connects](ModalBackend::connect) and finds that its owner is dead.
 //!
 //! [`ModalClient`] and [`Sandbox`] are what sessions are made of: apps, images, sandboxes, processes in
 //! them, tunnels, and snapshots of their files.
@@ -23,8 +24,11 @@ mod config;
 mod ending;
 mod fault;
 mod image;
+mod leftovers;
 mod machine;
 mod options;
+mod outage;
+mod process;
 #[allow(
     dead_code,
     missing_docs,
@@ -38,8 +42,10 @@ mod relay;
 mod retry;
 mod router;
 mod sandbox;
+mod spec;
 mod stdin;
 mod stdout;
+mod token;
 mod until;
 
 use std::path::Path;
@@ -49,10 +55,13 @@ use async_trait::async_trait;
 pub use self::client::ModalClient;
 pub use self::config::ModalConfig;
 pub use self::image::ModalImage;
+pub use self::leftovers::SandboxReport;
 use self::machine::ModalMachine;
 pub use self::options::{Carrier, ModalOptions, Network, Secret};
+pub use self::process::SandboxProcess;
 pub use self::router::ProcessExit;
-pub use self::sandbox::{Sandbox, SandboxProcess, SandboxReport, SandboxSpec};
+pub use self::sandbox::Sandbox;
+pub use self::spec::SandboxSpec;
 use crate::environment::{Backend, Capabilities, Environment, EnvironmentOptions};
 use crate::error::Result;
 use crate::image::ProgressFn;

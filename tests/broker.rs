@@ -206,7 +206,8 @@ fn an_item_is_handed_out_once_and_again_when_it_was_lost() {
     assert_eq!(broker.respond("q1", "first"), (200, json!({"status": "ok"})));
     assert_eq!(broker.respond("q1", "second"), (200, json!({"status": "ok"})));
     assert_eq!(guest.join().unwrap(), (200, json!({"response": "first"})));
-    assert_eq!(broker.pending("poller=b&held=q1")["gone"], json!(["q1"]));
+    assert_eq!(broker.pending("poller=b&held=q1")["gone"], json!(["q1"]), "another has answered");
+    assert_eq!(broker.pending("held=q1")["gone"], json!([]), "its own answer is no news");
     let unknown = broker.respond("q2", "x");
     assert_eq!((unknown.0, &unknown.1["error"]), (404, &json!("Request not found")));
 

@@ -43,6 +43,7 @@ impl Cloud {
         let stand_in = StandIn::start_blocking(options);
         let mut place = Place::new("--backend modal");
         place.set("MODAL_SERVER_URL", stand_in.url());
+        place.set("KAA_MODAL_ROOTS", stand_in.root_certificate().to_str().unwrap());
         place.set("MODAL_TOKEN_ID", TOKEN);
         place.set("MODAL_TOKEN_SECRET", SECRET);
         place.hidden.push(SECRET.to_owned());

@@ -4,14 +4,20 @@
 mod carrier;
 #[path = "common/modal.rs"]
 mod cloud;
+#[path = "modal/control.rs"]
+mod control;
 #[path = "modal/endings.rs"]
 mod endings;
 #[path = "modal/faults.rs"]
 mod faults;
+#[path = "modal/leaks.rs"]
+mod leaks;
 #[path = "modal/sandboxes.rs"]
 mod sandboxes;
 #[path = "modal/sessions.rs"]
 mod sessions;
+#[path = "modal/streams.rs"]
+mod streams;
 
 use std::time::{Duration, Instant};
 

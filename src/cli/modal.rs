@@ -264,7 +264,7 @@ fn cidr(text: &str) -> Option<String> {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ModalCommand {
-    /// List the sandboxes of Kaa's sessions that live
+    /// List the sandboxes that Kaa has made and that live
     ///
     /// Of each: its id, how long ago it was made, whether the process that it belongs to lives (which
     /// is known of this machine's), and its tags.
@@ -333,7 +333,7 @@ async fn list(console: Console, flags: ListFlags) -> Result<Ending, Failure> {
         }
     }
     if found.is_empty() && !flags.json {
-        console.note("no session of Kaa's has a sandbox there");
+        console.note("Kaa has no sandbox there");
     }
     Ok(Ending::Done)
 }

@@ -46,7 +46,7 @@ impl ModalPlan {
 /// The commands that aren't there, so that they're told from a mistyped one.
 #[derive(Debug, Subcommand)]
 pub(super) enum ModalCommand {
-    /// List the sandboxes of Kaa's sessions that live
+    /// List the sandboxes that Kaa has made and that live
     List,
     /// End the sandboxes of dead processes
     Clean,

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use tonic::Code;
+use futures_util::{Stream, StreamExt};
+use tonic::{Code, Status};
 
-use super::client::{Extra, ModalClient};
+use super::client::{ASK_PAUSE, Extra, ModalClient};
 use super::fault::{Fault, said};
 use super::image::{Base, ModalImage};
 use super::options::{self, Secret};
@@ -21,6 +21,8 @@ const LOG_TIME: f32 = 55.0;
 const LOG_FAILURES_MAX: u32 = 3;
 /// The pause before it's asked for again after that.
 const LOG_PAUSE: Duration = Duration::from_millis(100);
+/// How long the rest of the log is listened to after the result.
+const REST_TIME: Duration = Duration::from_secs(5);
 /// What is kept of a log for the error: its end.
 const LOG_LINES_KEPT: usize = 20;
 const LOG_LINE_CHARS_MAX: usize = 400;
@@ -160,13 +162,22 @@ impl ModalClient {
         }
         (build.progress)(Progress::Begin { step: "build", bytes: None });
         let left = build.time.saturating_sub(started.elapsed());
-        let mut log = Log::default();
-        let built = self.follow(&id, build.progress, &mut log);
-        let result = tokio::time::timeout(left, built).await.unwrap_or_else(|_| {
-            let text = format!("it took longer than modal.build_timeout, {:?}", build.time);
-            Err(Fault::new(Code::Aborted, text))
-        });
-        let result = result.map_err(|fault| self.explain(&fault, &what))?;
+        let mut heard = Heard::default();
+        let followed =
+            tokio::time::timeout(left, self.follow(&id, build.progress, &mut heard)).await;
+        let Heard { mut log, result, .. } = heard;
+        log.end(build.progress);
+        let result = match (result, followed) {
+            (Some(result), _) => result,
+            (None, Ok(Err(fault))) => return Err(log.with(self.explain(&fault, &what))),
+            (None, _) => {
+                let reason = format!(
+                    "its build took longer than modal.build_timeout, {:?}; raise that",
+                    build.time
+                );
+                return Err(log.with(Error::unavailable(what, reason)));
+            }
+        };
         if result.status() != GenericStatus::Success {
             return Err(failed(&what, &result, &log));
         }
@@ -174,53 +185,44 @@ impl ModalClient {
         Ok(id)
     }
 
-    /// Follows the log of a build to its end.
+    /// Follows the log of a build until there is a result.
     async fn follow(
         &self,
         id: &str,
         progress: ProgressFn<'_>,
-        log: &mut Log,
-    ) -> Result<wire::GenericResult, Fault> {
-        let (mut last_entry, mut failures) = (String::new(), 0);
+        heard: &mut Heard,
+    ) -> Result<(), Fault> {
         loop {
             let message = wire::ImageJoinStreamingRequest {
                 image_id: id.into(),
                 timeout: LOG_TIME,
-                last_entry_id: last_entry.clone(),
+                last_entry_id: heard.last_entry.clone(),
                 include_logs_for_finished: true,
             };
-            let request = self.request(message, &self.token().await?);
-            let fault = match self.stub().image_join_streaming(request).await {
-                Err(status) => Some(Fault::from(status)),
-                Ok(answer) => {
-                    let mut stream = answer.into_inner();
-                    loop {
-                        match stream.next().await {
-                            None => break None,
-                            Some(Err(status)) => break Some(Fault::from(status)),
-                            Some(Ok(message)) => {
-                                failures = 0;
-                                if !message.entry_id.is_empty() {
-                                    last_entry = message.entry_id;
-                                }
-                                message.task_logs.iter().for_each(|entry| {
-                                    log.add(&entry.data, progress);
-                                });
-                                if let Some(result) = message.result.filter(is_done) {
-                                    log.end(progress);
-                                    return Ok(result);
-                                }
-                            }
-                        }
-                    }
-                }
+            let asked = Instant::now();
+            let token = self.token().await?;
+            let request = self.request(message, &token);
+            let listened = match self.stub().image_join_streaming(request).await {
+                Err(status) => Err(Fault::from(status)),
+                Ok(answer) => heard.listen(answer.into_inner(), progress).await,
             };
-            if let Some(fault) = fault {
-                failures += 1;
-                if !fault.is_transient() || failures > LOG_FAILURES_MAX {
-                    return Err(fault);
+            if heard.result.is_some() {
+                return Ok(());
+            }
+            match listened {
+                // The server may not have held the question.
+                Ok(()) => tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await,
+                Err(fault) if fault.code == Code::Unauthenticated && !heard.is_refused => {
+                    heard.is_refused = true;
+                    self.other_token(&token).await?;
                 }
-                tokio::time::sleep(LOG_PAUSE).await;
+                Err(fault) => {
+                    heard.failures += 1;
+                    if !fault.is_transient() || heard.failures > LOG_FAILURES_MAX {
+                        return Err(fault);
+                    }
+                    tokio::time::sleep(LOG_PAUSE).await;
+                }
             }
         }
     }
@@ -283,9 +285,52 @@ fn failed(what: &str, result: &wire::GenericResult, log: &Log) -> Error {
     };
     let exception = said(&result.exception);
     let exception = if exception.is_empty() { exception } else { format!(": {exception}") };
-    let log = log.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n  ");
-    let log = if log.is_empty() { log } else { format!("\nthe end of its log:\n  {log}") };
-    Error::unavailable(what, format!("{reason}{exception}{log}"))
+    log.with(Error::unavailable(what, format!("{reason}{exception}")))
+}
+
+/// What is known of a build.
+#[derive(Default)]
+struct Heard {
+    log: Log,
+    last_entry: String,
+    /// How often in a row the log broke off.
+    failures: u32,
+    /// Whether the token was refused since something was heard.
+    is_refused: bool,
+    result: Option<wire::GenericResult>,
+}
+
+impl Heard {
+    /// Listens to one stream of the log, up to its end. Some of the log may come after the result, which
+    /// is waited for a moment, and whose loss costs nothing.
+    async fn listen<S>(&mut self, mut stream: S, progress: ProgressFn<'_>) -> Result<(), Fault>
+    where
+        S: Stream<Item = Result<wire::ImageJoinStreamingResponse, Status>> + Unpin,
+    {
+        let mut until = None;
+        loop {
+            let next = match until {
+                None => stream.next().await,
+                Some(until) => tokio::time::timeout_at(until, stream.next()).await.ok().flatten(),
+            };
+            let message = match next {
+                None => return Ok(()),
+                Some(Err(_)) if self.result.is_some() => return Ok(()),
+                Some(message) => message?,
+            };
+            (self.failures, self.is_refused) = (0, false);
+            if !message.entry_id.is_empty() {
+                self.last_entry = message.entry_id;
+            }
+            message.task_logs.iter().for_each(|entry| self.log.add(&entry.data, progress));
+            if let Some(result) = message.result.filter(is_done)
+                && self.result.is_none()
+            {
+                self.result = Some(result);
+                until = Some(tokio::time::Instant::now() + REST_TIME);
+            }
+        }
+    }
 }
 
 /// The end of a build's log.
@@ -308,6 +353,17 @@ impl Log {
         }
     }
 
+    /// An error with the end of the log.
+    fn with(&self, error: Error) -> Error {
+        match error {
+            Error::Unavailable { what, reason } if !self.lines.is_empty() => {
+                let lines = self.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n  ");
+                Error::unavailable(what, format!("{reason}\nthe end of its log:\n  {lines}"))
+            }
+            error => error,
+        }
+    }
+
     fn end(&mut self, progress: ProgressFn<'_>) {
         let line = std::mem::take(&mut self.partial);
         if line.trim().is_empty() {
@@ -324,6 +380,8 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
+
+    use futures_util::stream;
 
     use super::*;
 
@@ -345,6 +403,39 @@ mod tests {
         (0..100).for_each(|number| log.add(&format!("{number}\n"), &|_| {}));
         assert_eq!(log.lines.len(), LOG_LINES_KEPT);
         assert_eq!(log.lines.back().unwrap(), "99");
+    }
+
+    fn said(line: &str) -> Result<wire::ImageJoinStreamingResponse, Status> {
+        let task_logs = vec![wire::TaskLogs { data: format!("{line}\n") }];
+        Ok(wire::ImageJoinStreamingResponse { task_logs, ..Default::default() })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_log_is_read_on_after_the_result_and_not_for_ever() {
+        let status = GenericStatus::Failure.into();
+        let result = wire::GenericResult { status, ..Default::default() };
+        let result = || {
+            let result = Some(result.clone());
+            Ok(wire::ImageJoinStreamingResponse { result, ..Default::default() })
+        };
+        let lost = || Err(Status::unavailable("gone"));
+        for (messages, hangs, lines, has_result) in [
+            (vec![said("a"), result(), said("b")], false, vec!["a", "b"], true),
+            (vec![said("a"), result(), said("b")], true, vec!["a", "b"], true),
+            (vec![result(), said("b"), lost()], false, vec!["b"], true),
+            (vec![said("a")], false, vec!["a"], false),
+            (vec![said("a"), lost()], false, vec!["a"], false),
+        ] {
+            let is_lost = messages.last().is_some_and(Result::is_err);
+            let rest = if hangs { stream::pending().boxed() } else { stream::empty().boxed() };
+            let since = tokio::time::Instant::now();
+            let mut heard = Heard::default();
+            let listened = heard.listen(stream::iter(messages).chain(rest), &|_| {}).await;
+            assert_eq!(heard.log.lines, lines);
+            assert_eq!(heard.result.is_some(), has_result, "{lines:?}");
+            assert_eq!(listened.is_err(), is_lost && !has_result, "{lines:?}");
+            assert_eq!(since.elapsed(), if hangs { REST_TIME } else { Duration::ZERO });
+        }
     }
 
     #[test]

@@ -13,8 +13,10 @@ use super::fault::Fault;
 
 /// Largest message in either direction, as Modal's own clients have it.
 pub(super) const MESSAGE_BYTES_MAX: usize = 100 << 20;
-/// How much may be on its way unread. A context has to get across a long line.
-const WINDOW_BYTES: u32 = 16 << 20;
+/// How much may be on its way unread, of one stream and of all. A context has to get across a long line,
+/// and a stream that nobody reads may not hold up the others.
+const STREAM_WINDOW_BYTES: u32 = 16 << 20;
+const WINDOW_BYTES: u32 = 64 << 20;
 /// How often a quiet connection is tried, and how long an answer may take.
 const KEEPALIVE_TIME: Duration = Duration::from_secs(30);
 const KEEPALIVE_ANSWER: Duration = Duration::from_secs(10);
@@ -35,7 +37,7 @@ pub(super) fn endpoint(url: &str, roots: Option<&[u8]>) -> Result<Endpoint, Faul
         .map_err(invalid)?
         .connect_timeout(CONNECT_TIME)
         .tcp_nodelay(true)
-        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_TIME)
         .keep_alive_timeout(KEEPALIVE_ANSWER)

@@ -2,10 +2,8 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use rand::RngExt;
-use tokio::sync::Mutex;
 use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
@@ -17,6 +15,7 @@ use super::fault::Fault;
 use super::proto::client as wire;
 use super::proto::client::modal_client_client::ModalClientClient;
 use super::retry::{Attempt, Rules, persist};
+use super::token::{Need, Tokens};
 use crate::error::{Error, Result};
 
 /// As whom Kaa speaks: the number of Modal's own client for Go, in the version of its protocol. Other
@@ -26,12 +25,8 @@ const CLIENT_VERSION: &str = "1.0.0";
 const LIBRARY_VERSION: &str = concat!("kaa-rs/", env!("CARGO_PKG_VERSION"));
 /// How long asking for a token may take.
 const TOKEN_TIME: Duration = Duration::from_secs(5);
-/// How long a token lives that doesn't say so, in seconds.
-const TOKEN_LIFE: f64 = 20.0 * 60.0;
-/// The part of its life after which a token is replaced, and how much later that may be, so that many
-/// processes don't do it at once.
-const REFRESH_AFTER: f64 = 0.5;
-const REFRESH_JITTER: f64 = 0.1;
+/// Between two questions that Modal is to hold until there is an answer, from the one to the other.
+pub(super) const ASK_PAUSE: Duration = Duration::from_secs(1);
 
 pub(super) type Stub = ModalClientClient<Channel>;
 
@@ -72,19 +67,11 @@ struct Inner {
     roots: Option<Vec<u8>>,
     /// What every call has.
     identity: Vec<(AsciiMetadataKey, AsciiMetadataValue)>,
-    token: Mutex<Option<Token>>,
-}
-
-/// A token of some minutes.
-#[derive(Debug, Clone)]
-struct Token {
-    value: AsciiMetadataValue,
-    ends: Instant,
-    refresh: Instant,
+    tokens: Tokens,
 }
 
 /// What a call is made with beside its message.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Extra<'a> {
     /// What Modal gave with the sandbox that the call is about.
     pub(super) sandbox_token: Option<&'a str>,
@@ -98,8 +85,9 @@ impl ModalClient {
     /// # Errors
     ///
     /// [`Error::Unavailable`] when there is none, or the credentials are refused; [`Error::Invalid`] for
-    /// credentials that nobody has; [`Error::Io`] for certificates that can't be read.
+    /// credentials that nobody has, and addresses that they would be sent to in plain text; [`Error::Io`] for certificates that can't be read.
     pub async fn connect(config: ModalConfig) -> Result<Self> {
+        let config = config.checked()?;
         let roots = match &config.root_certificates {
             Some(path) => Some(std::fs::read(path).map_err(|e| {
                 Error::io(format!("reading the certificates {}", path.display()), e)
@@ -115,9 +103,9 @@ impl ModalClient {
         let (channel, url) =
             connected.await.map_err(|fault| fault.about("Modal", &config.token_id))?;
         let identity = identity(&config, &url)?;
-        let token = Mutex::new(None);
+        let tokens = Tokens::default();
         let client =
-            Self { inner: Arc::new(Inner { config, url, channel, roots, identity, token }) };
+            Self { inner: Arc::new(Inner { config, url, channel, roots, identity, tokens }) };
         client.token().await.map_err(|fault| client.explain(&fault, "Modal"))?;
         Ok(client)
     }
@@ -181,51 +169,57 @@ impl ModalClient {
             rules = rules.attempt(attempt);
         }
         let token = self.token().await?;
-        persist(rules, |attempt| {
-            let mut request = self.request(message.clone(), &token);
-            number(&mut request, &key, attempt);
-            if let Some(Ok(token)) = extra.sandbox_token.map(AsciiMetadataValue::try_from) {
-                request.metadata_mut().insert("x-modal-sandbox-token", token);
+        let made = |token: AsciiMetadataValue| {
+            let (key, call, message) = (&key, &call, &message);
+            persist(rules, move |attempt| {
+                let mut request = self.request(message.clone(), &token);
+                number(&mut request, key, attempt);
+                if let Some(Ok(mut token)) = extra.sandbox_token.map(AsciiMetadataValue::try_from) {
+                    token.set_sensitive(true);
+                    request.metadata_mut().insert("x-modal-sandbox-token", token);
+                }
+                let answer = call(self.stub(), request);
+                async { answer.await.map(Response::into_inner) }
+            })
+        };
+        match made(token.clone()).await {
+            Err(fault) if fault.code == Code::Unauthenticated => {
+                made(self.other_token(&token).await?).await
             }
-            let answer = call(self.stub(), request);
-            async { answer.await.map(Response::into_inner) }
-        })
-        .await
+            done => done,
+        }
     }
 
-    /// The token of the moment. An old one is good until it ends, whatever becomes of the next.
+    /// The token of the moment.
     ///
     /// # Errors
     ///
-    /// The fault of asking for the first.
+    /// The fault of asking for one.
     pub(super) async fn token(&self) -> Result<AsciiMetadataValue, Fault> {
-        let mut kept = self.inner.token.lock().await;
-        let now = Instant::now();
-        let old = kept.clone().filter(|token| now < token.ends);
-        match (&old, self.new_token(&old).await) {
-            (Some(old), None) => Ok(old.value.clone()),
-            (_, Some(Ok(new))) => {
-                let value = new.value.clone();
-                *kept = Some(new);
-                Ok(value)
-            }
-            (Some(old), Some(Err(fault)))
-                if !matches!(fault.code, Code::Unauthenticated | Code::PermissionDenied) =>
-            {
-                Ok(old.value.clone())
-            }
-            (_, Some(Err(fault))) => Err(fault),
-            (None, None) => Err(Fault::new(Code::Internal, "no token was asked for")),
-        }
+        self.inner.tokens.get(|need| self.new_token(need)).await
     }
 
-    /// A new token, if it's time for one.
-    async fn new_token(&self, old: &Option<Token>) -> Option<Result<Token, Fault>> {
-        if old.as_ref().is_some_and(|token| Instant::now() < token.refresh) {
-            return None;
-        }
+    /// Another token than this one, which was refused: it may have ended before this machine's clock says
+    /// so.
+    ///
+    /// # Errors
+    ///
+    /// The fault of asking for it.
+    pub(super) async fn other_token(
+        &self,
+        refused: &AsciiMetadataValue,
+    ) -> Result<AsciiMetadataValue, Fault> {
+        self.inner.tokens.forget(refused);
+        self.token().await
+    }
+
+    async fn new_token(&self, need: Need) -> Result<String, Fault> {
         let key = Uuid::new_v4().to_string();
         let rules = Rules::control(self.throttle()).attempt(TOKEN_TIME);
+        let rules = match need {
+            Need::Someday => rules.once(),
+            Need::Now => rules,
+        };
         let asked = persist(rules, |attempt| {
             let mut request = Request::new(wire::AuthTokenGetRequest {});
             for (key, value) in &self.inner.identity {
@@ -235,21 +229,7 @@ impl ModalClient {
             let mut stub = self.stub();
             async move { stub.auth_token_get(request).await.map(Response::into_inner) }
         });
-        Some(asked.await.and_then(|answer| Token::new(&answer.token)))
-    }
-}
-
-impl Token {
-    fn new(token: &str) -> Result<Self, Fault> {
-        let value = AsciiMetadataValue::try_from(token)
-            .map_err(|_| Fault::new(Code::Internal, "it gave a token that is none"))?;
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let life = channel::expiry(token).map_or(TOKEN_LIFE, |ends| ends - unix);
-        let life = if life.is_finite() { life.clamp(0.0, 1e6) } else { TOKEN_LIFE };
-        let part = REFRESH_AFTER + REFRESH_JITTER * rand::rng().random::<f64>();
-        let now = Instant::now();
-        let after = |seconds| now + Duration::from_secs_f64(seconds);
-        Ok(Self { value, ends: after(life), refresh: after(life * part) })
+        asked.await.map(|answer| answer.token)
     }
 }
 

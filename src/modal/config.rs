@@ -22,7 +22,8 @@ const ROOTS: &str = "KAA_MODAL_ROOTS";
 /// Where Modal is, and as whom it is asked.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ModalConfig {
-    /// The servers, of which the first that can be reached is taken. Default: Modal's own.
+    /// The servers, of which the first that can be reached is taken; `http://` on loopback only. Default:
+    /// Modal's own.
     pub server_urls: Vec<String>,
     /// `ak-…`.
     pub token_id: String,
@@ -121,6 +122,17 @@ impl ModalConfig {
             check_roots(path)?;
         }
         Ok((config, place))
+    }
+
+    /// This, with the addresses as they are connected to. Anybody may have written them into the field.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for an address that the token must not be sent to.
+    pub(super) fn checked(mut self) -> Result<Self> {
+        let urls = self.server_urls.iter().map(|url| check_url("server_urls", url));
+        self.server_urls = urls.collect::<Result<_>>()?;
+        Ok(self)
     }
 }
 

@@ -4,23 +4,26 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::io::AsyncReadExt;
-use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::app::{App, Build};
 use super::client::ModalClient;
 use super::ending::{Bounds, Ending};
+use super::leftovers::EndGuard;
 use super::options::{self, Carrier, ModalOptions, Network};
+use super::process::SandboxProcess;
 use super::proto::client as wire;
 use super::relay::Relay;
 use super::router::{Command, ProcessExit};
-use super::sandbox::{Ground, Sandbox, SandboxProcess, SandboxSpec};
-use super::{BACKEND, CAPABILITIES, OWNER_TAG, SESSION_TAG};
+use super::sandbox::{self, Ground, Sandbox};
+use super::spec::SandboxSpec;
+use super::{BACKEND, CAPABILITIES};
 use crate::environment::{Capabilities, EnvironmentOptions};
 use crate::error::{Error, Result};
 use crate::image::ProgressFn;
-use crate::process::{Life, Machine, Owner, Started, Surroundings};
+use crate::process::{Life, Machine, Started, Surroundings};
 
 /// What a session takes beside the worker's data: the supervisor, two interpreters' code.
 const OWN_BYTES: u64 = 128 << 20;
@@ -28,19 +31,30 @@ const OWN_BYTES: u64 = 128 << 20;
 const SLOW_BYTES_A_SECOND: usize = 1 << 20;
 /// How long the cause of an end may take to be known.
 const AUTOPSY_TIME: Duration = Duration::from_secs(5);
+/// How long a session that is closed waits for the end of its sandbox.
+const CLOSE_TIME: Duration = Duration::from_secs(30);
 /// What is read of a process's last words.
 const WORDS_BYTES_MAX: usize = 8 << 10;
 const WORDS_TIME: Duration = Duration::from_millis(500);
 
 /// Modal, with an app and an image.
-#[derive(Debug)]
 pub(super) struct ModalMachine {
     client: ModalClient,
     options: ModalOptions,
     app: App,
     image: String,
     secrets: Vec<wire::SecretSource>,
-    owner: String,
+}
+
+impl std::fmt::Debug for ModalMachine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModalMachine")
+            .field("client", &self.client)
+            .field("options", &self.options)
+            .field("app", &self.app)
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ModalMachine {
@@ -54,16 +68,12 @@ impl ModalMachine {
         let build =
             Build { app: &app, image: &options.image, time: options.build_timeout, progress };
         let built = async { tokio::join!(client.build(&build), client.secrets(&options.secrets)) };
-        let (_, (image, secrets)) = tokio::join!(end_leftovers(&client, &app.id), built);
-        let owner = Owner::of_this_process().map_or_else(|| "unknown".into(), |me| me.tag());
+        let (_, (image, secrets)) = tokio::join!(client.end_leftovers(&app.id), built);
         let (image, secrets) = (image?, secrets?);
-        Ok(Self { client, options, app, image, secrets, owner })
+        Ok(Self { client, options, app, image, secrets })
     }
 
-    fn spec(&self, options: &EnvironmentOptions, session: &str) -> SandboxSpec {
-        let mut tags = self.options.tags.clone();
-        tags.push((SESSION_TAG.into(), session.into()));
-        tags.push((OWNER_TAG.into(), self.owner.clone()));
+    fn spec(&self, options: &EnvironmentOptions) -> SandboxSpec {
         let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES);
         let (ports, network) = match (self.options.carrier, &self.options.network) {
             (Carrier::Stdio, network) => (Vec::new(), network.clone()),
@@ -78,7 +88,7 @@ impl ModalMachine {
             timeout: self.options.timeout,
             ports,
             network,
-            tags,
+            tags: self.options.tags.clone(),
             ..SandboxSpec::default()
         }
     }
@@ -101,14 +111,6 @@ impl ModalMachine {
     }
 }
 
-/// Best effort: whatever it doesn't end, `kaa modal clean` or the timeout does.
-async fn end_leftovers(client: &ModalClient, app: &str) {
-    let Ok(found) = client.sessions(app).await else { return };
-    for sandbox in found.iter().filter(|sandbox| sandbox.has_owner == Some(false)) {
-        drop(client.terminate(&sandbox.id).await);
-    }
-}
-
 #[async_trait]
 impl Machine for ModalMachine {
     fn capabilities(&self) -> Capabilities {
@@ -126,9 +128,9 @@ impl Machine for ModalMachine {
     }
 
     async fn start(&self, arguments: &[&str], options: &EnvironmentOptions) -> Result<Started> {
-        let session = format!("{:016x}", rand::random::<u64>());
+        let session = sandbox::new_session();
         let scratch = format!("/tmp/kaa-{session}");
-        let spec = self.spec(options, &session);
+        let spec = self.spec(options);
         let command = self.command(arguments, options, &scratch);
         let bounds =
             Bounds { timeout: self.options.timeout, memory_bytes: options.limits.memory_bytes };
@@ -147,35 +149,26 @@ impl Machine for ModalMachine {
         surroundings.door = relay.as_ref().map(Relay::door);
         let (client, app, image) = (self.client.clone(), self.app.clone(), self.image.clone());
         let (secrets, patience) = (self.secrets.clone(), self.options.patience);
-        // A task of its own, which can't be dropped half-way: what it has made when nobody waits for it
-        // any more is dropped as a whole, and ended.
-        let (send, receive) = oneshot::channel();
-        tokio::spawn(async move {
-            let ground = Ground { app: &app, image: &image, secrets };
-            let begun = async {
-                let sandbox = client.create(&spec, ground).await?;
-                let mut life = ModalLife::new(sandbox.clone(), bounds, patience);
-                let calls = async {
-                    match relay {
-                        Some(relay) => relay.start(&sandbox).await.map(Some),
-                        None => Ok(None),
-                    }
-                };
-                match tokio::try_join!(life.begin(command, patience), calls) {
-                    Ok(((), calls)) => Ok((life, calls)),
-                    Err(error) => {
-                        // Why it didn't begin is what has to be known.
-                        drop(life.close().await);
-                        Err(error)
-                    }
+        let begun = sandbox::undivided(async move {
+            let ground = Ground { app: &app, image: &image, secrets, session: &session };
+            let (sandbox, guard) = client.create(&spec, ground).await?;
+            let mut life = ModalLife::new(sandbox.clone(), guard, bounds, patience);
+            let calls = async {
+                match relay {
+                    Some(relay) => relay.start(&sandbox).await.map(Some),
+                    None => Ok(None),
                 }
             };
-            drop(send.send(begun.await));
+            match tokio::try_join!(life.begin(command, patience), calls) {
+                Ok(((), calls)) => Ok((life, calls)),
+                Err(error) => {
+                    // Why it didn't begin is what has to be known.
+                    drop(life.close().await);
+                    Err(error)
+                }
+            }
         });
-        let (mut life, calls) = receive.await.unwrap_or_else(|_| {
-            let reason = "the runtime that was to start it shut down";
-            Err(Error::unavailable("a sandbox of Modal", reason))
-        })?;
+        let (mut life, calls) = begun.await?;
         let (reader, writer) = life.streams()?;
         Ok(Started { reader, writer, life: Box::new(life), surroundings, calls })
     }
@@ -188,10 +181,9 @@ struct ModalLife {
     bounds: Bounds,
     /// How long its connection may be away.
     patience: Duration,
-    /// Where it's ended when nobody can wait for that.
-    runtime: Handle,
-    is_ended: bool,
-    /// Its end, if nobody waited for it so far.
+    /// Ends it, unless that has been done or begun.
+    guard: Option<EndGuard>,
+    /// Its end, if it was begun and nobody waited for it so far.
     end: Option<JoinHandle<Result<()>>>,
     /// How the sandbox ended, once it has.
     ending: watch::Receiver<Option<Ending>>,
@@ -199,17 +191,17 @@ struct ModalLife {
 }
 
 impl ModalLife {
-    fn new(sandbox: Sandbox, bounds: Bounds, patience: Duration) -> Self {
+    fn new(sandbox: Sandbox, guard: EndGuard, bounds: Bounds, patience: Duration) -> Self {
         let (send, ending) = watch::channel(None);
         let watched = sandbox.clone();
         let watcher = tokio::spawn(async move {
-            if let Ok(ending) = watched.watch().await {
+            // After this time it has ended for sure.
+            if let Ok(ending) = watched.watch(bounds.timeout).await {
                 drop(send.send(Some(ending)));
             }
         });
-        let runtime = Handle::current();
-        let (process, is_ended, end) = (None, false, None);
-        Self { sandbox, process, bounds, patience, runtime, is_ended, end, ending, watcher }
+        let (process, guard, end) = (None, Some(guard), None);
+        Self { sandbox, process, bounds, patience, guard, end, ending, watcher }
     }
 
     async fn begin(&mut self, command: Command, patience: Duration) -> Result<()> {
@@ -227,8 +219,9 @@ impl ModalLife {
     /// The streams of the process. Its output ends, too, when the sandbox does.
     fn streams(&mut self) -> Result<(Reader, Writer)> {
         let process = self.process.as_mut();
-        let taken = process.map(|process| (process.take_streams(), process.lost()));
-        let Some(((stdout, Some(stdin)), lost)) = taken else {
+        let streams =
+            process.and_then(|process| Some((process.stdout()?, process.stdin()?, process.lost())));
+        let Some((stdout, stdin, lost)) = streams else {
             return Err(Error::Internal("a process in a sandbox without streams".into()));
         };
         let reader = super::until::Until::new(stdout, self.ending.clone(), lost);
@@ -237,12 +230,13 @@ impl ModalLife {
 
     /// What the process said to nobody in particular.
     async fn words(&mut self) -> String {
-        let Some(process) = &mut self.process else { return String::new() };
+        let stderr = self.process.as_mut().and_then(|process| process.stderr());
+        let Some(mut stderr) = stderr else { return String::new() };
         let mut bytes = vec![0; WORDS_BYTES_MAX];
         let mut length = 0;
         let read = async {
             while length < bytes.len() {
-                match process.stderr().read(&mut bytes[length..]).await {
+                match stderr.read(&mut bytes[length..]).await {
                     Ok(0) | Err(_) => break,
                     Ok(more) => length += more,
                 }
@@ -269,29 +263,31 @@ impl Life for ModalLife {
     fn kill(&mut self) {
         self.watcher.abort();
         self.process = None;
-        if !std::mem::replace(&mut self.is_ended, true) {
-            // With the runtime at its end the task is never run: then its timeout ends the sandbox, or
-            // the next process that connects.
-            let sandbox = self.sandbox.clone();
-            self.end = Some(self.runtime.spawn(async move { sandbox.terminate().await }));
+        if let Some(guard) = self.guard.take() {
+            self.end = Some(guard.end());
         }
     }
 
     async fn close(&mut self) -> Result<()> {
         self.watcher.abort();
         self.process = None;
-        if let Some(end) = self.end.take() {
-            return match end.await {
-                Ok(ended) => ended,
-                Err(_) => self.sandbox.terminate().await,
-            };
+        let end = match (self.guard.take(), self.end.take()) {
+            (Some(guard), _) => guard.end(),
+            (None, Some(end)) => end,
+            (None, None) => return Ok(()),
+        };
+        // Without an answer by then it goes on all the same.
+        match tokio::time::timeout(CLOSE_TIME, end).await {
+            Ok(Ok(ended)) => ended,
+            Ok(Err(_)) => self.sandbox.terminate().await,
+            Err(_) => {
+                let reason = format!(
+                    "no answer within {CLOSE_TIME:?}; it's tried for some minutes more, and `kaa modal \
+                     list` shows what is left"
+                );
+                Err(Error::unavailable("the end of the Modal sandbox", reason))
+            }
         }
-        if self.is_ended {
-            return Ok(());
-        }
-        let ended = self.sandbox.terminate().await;
-        self.is_ended = ended.is_ok();
-        ended
     }
 
     fn slack(&self, bytes: usize) -> Duration {
@@ -301,8 +297,9 @@ impl Life for ModalLife {
 
     async fn autopsy(&mut self) -> Error {
         let poisoned = |reason: String| Error::Poisoned { reason };
+        let until = Instant::now() + AUTOPSY_TIME;
         let known = self.ending.borrow().clone();
-        let asked = tokio::time::timeout(AUTOPSY_TIME, async {
+        let asked = tokio::time::timeout_at(until, async {
             match known {
                 Some(ending) => Ok(Some(ending)),
                 None => self.sandbox.ended().await,
@@ -326,9 +323,17 @@ impl Life for ModalLife {
         let words = self.words().await;
         let words = if words.is_empty() { words } else { format!(": {words}") };
         let process = self.process.as_ref();
-        let exit = match process {
-            Some(process) => process.poll().await,
-            None => None,
+        let polled = async {
+            match process {
+                Some(process) => process.poll().await,
+                None => None,
+            }
+        };
+        let Ok(exit) = tokio::time::timeout_at(until, polled).await else {
+            return poisoned(format!(
+                "the connection to the session's process was lost: its sandbox runs, but the worker \
+                 that it's on doesn't answer{words}"
+            ));
         };
         match exit {
             Some(ProcessExit::Code(127 | 126)) => {

@@ -149,52 +149,75 @@ impl ModalOptions {
             let reason = format!("{:?} is no name of a program", self.python);
             return Err(Error::invalid("modal.python", reason));
         }
-        if !(CPU_MIN..=CPU_MAX).contains(&self.cpu) {
-            let reason = format!("must be {CPU_MIN} to {CPU_MAX}, not {}", self.cpu);
-            return Err(Error::invalid("modal.cpu", reason));
-        }
-        if !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&self.timeout) {
-            let reason = format!("must be 10 s to 24 h, not {:?}", self.timeout);
-            return Err(Error::invalid("modal.timeout", reason));
-        }
+        check_cpu(self.cpu)?;
+        check_timeout(self.timeout, TIMEOUT_MIN)?;
         if self.carrier == (Carrier::Broker { port: 0 }) {
             return Err(Error::invalid("modal.carrier", "the port must be 1 to 65535"));
         }
-        self.validate_lists()
+        check_network(&self.network)?;
+        check_secrets(&self.secrets)?;
+        check_tags(&self.tags)
     }
+}
 
-    fn validate_lists(&self) -> Result<()> {
-        let addresses = match &self.network {
-            Network::Blocked | Network::Open => 0,
-            Network::Allow { cidrs, domains } => cidrs.len() + domains.len(),
-        };
-        for (field, count) in [
-            ("modal.network", addresses),
-            ("modal.secrets", self.secrets.len()),
-            ("modal.tags", self.tags.len()),
-        ] {
-            if count > ENTRIES_MAX {
-                let reason = format!("has {count} entries; at most {ENTRIES_MAX} are taken");
-                return Err(Error::invalid(field, reason));
-            }
-        }
-        for secret in &self.secrets {
-            match secret {
-                Secret::Named(name) if name.is_empty() => {
-                    return Err(Error::invalid("modal.secrets", "a secret has no name"));
-                }
-                Secret::Variable { name, .. } => check_variable("modal.secrets", name)?,
-                Secret::Named(_) => {}
-            }
-        }
-        for (name, _) in &self.tags {
-            if name.is_empty() || name.starts_with(super::TAG_PREFIX) {
-                let reason = format!("{name:?} is empty or one of Kaa's own; name it otherwise");
-                return Err(Error::invalid("modal.tags", reason));
-            }
-        }
-        Ok(())
+/// What Modal takes as a share of processors.
+pub(super) fn check_cpu(cpu: f64) -> Result<()> {
+    if !(CPU_MIN..=CPU_MAX).contains(&cpu) {
+        let reason = format!("must be {CPU_MIN} to {CPU_MAX}, not {cpu}");
+        return Err(Error::invalid("modal.cpu", reason));
     }
+    Ok(())
+}
+
+/// How long a sandbox may live.
+pub(super) fn check_timeout(timeout: Duration, least: Duration) -> Result<()> {
+    if !(least..=TIMEOUT_MAX).contains(&timeout) {
+        let reason = format!("must be {} s to 24 h, not {timeout:?}", least.as_secs());
+        return Err(Error::invalid("modal.timeout", reason));
+    }
+    Ok(())
+}
+
+pub(super) fn check_count(field: &str, count: usize) -> Result<()> {
+    if count > ENTRIES_MAX {
+        let reason = format!("has {count} entries; at most {ENTRIES_MAX} are taken");
+        return Err(Error::invalid(field, reason));
+    }
+    Ok(())
+}
+
+pub(super) fn check_network(network: &Network) -> Result<()> {
+    match network {
+        Network::Blocked | Network::Open => Ok(()),
+        Network::Allow { cidrs, domains } => {
+            check_count("modal.network", cidrs.len() + domains.len())
+        }
+    }
+}
+
+pub(super) fn check_secrets(secrets: &[Secret]) -> Result<()> {
+    check_count("modal.secrets", secrets.len())?;
+    for secret in secrets {
+        match secret {
+            Secret::Named(name) if name.is_empty() => {
+                return Err(Error::invalid("modal.secrets", "a secret has no name"));
+            }
+            Secret::Variable { name, .. } => check_variable("modal.secrets", name)?,
+            Secret::Named(_) => {}
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn check_tags(tags: &[(String, String)]) -> Result<()> {
+    check_count("modal.tags", tags.len())?;
+    for (name, _) in tags {
+        if name.is_empty() || name.starts_with(super::TAG_PREFIX) {
+            let reason = format!("{name:?} is empty or one of Kaa's own; name it otherwise");
+            return Err(Error::invalid("modal.tags", reason));
+        }
+    }
+    Ok(())
 }
 
 /// What Modal takes as the name of an app, as its clients check it.

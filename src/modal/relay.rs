@@ -7,8 +7,9 @@ use serde_json::{Value as Json, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use super::options::ModalOptions;
+use super::process::SandboxProcess;
 use super::router::{Command, ProcessExit};
-use super::sandbox::{Sandbox, SandboxProcess};
+use super::sandbox::Sandbox;
 use crate::broker::{Broker, BrokerOptions, SCRIPT};
 use crate::error::{Error, Result};
 use crate::lm::Secret;
@@ -62,9 +63,11 @@ impl Relay {
                 Err(error) => error.to_string(),
             };
             let mut words = String::new();
-            let mut stderr = process.stderr().take(LINE_BYTES_MAX);
-            let said = stderr.read_to_string(&mut words);
-            drop(tokio::time::timeout(Duration::from_secs(1), said).await);
+            if let Some(stderr) = process.stderr() {
+                let mut stderr = stderr.take(LINE_BYTES_MAX);
+                let said = stderr.read_to_string(&mut words);
+                drop(tokio::time::timeout(Duration::from_secs(1), said).await);
+            }
             format!("the broker in the Modal sandbox ended: {how} {}", super::fault::said(&words))
         };
         Ok(Box::new(BrokerCalls::new(broker, ended)))
@@ -98,7 +101,8 @@ impl Relay {
             let stdin = process.stdin_mut().ok_or_else(|| failed("it has no stdin".into()))?;
             stdin.write_all(format!("{settings}\n").as_bytes()).await.map_err(broken)?;
             let mut line = String::new();
-            let stdout = process.stdout().take(LINE_BYTES_MAX);
+            let stdout = process.stdout().ok_or_else(|| failed("it has no stdout".into()))?;
+            let stdout = stdout.take(LINE_BYTES_MAX);
             BufReader::new(stdout).read_line(&mut line).await.map_err(broken)?;
             let said: Json = serde_json::from_str(&line).unwrap_or_default();
             match (said["event"].as_str(), said["error"].as_str()) {

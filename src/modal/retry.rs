@@ -54,6 +54,11 @@ impl Rules {
         Self { attempt, ..self }
     }
 
+    /// These, but one try, which isn't waited for when it's throttled.
+    pub(super) fn once(self) -> Self {
+        Self { retries: Some(0), throttle: Some(Duration::ZERO), ..self }
+    }
+
     /// These, but for so long, however often.
     pub(super) fn patient(self, total: Duration) -> Self {
         Self { retries: None, total: Some(total), ..self }

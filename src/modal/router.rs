@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::channel;
-use super::client::{Extra, ModalClient};
+use super::client::ModalClient;
 use super::fault::Fault;
 use super::proto::client as control;
 use super::proto::task_command_router as wire;
@@ -33,6 +33,8 @@ pub(super) use self::wire::TaskExecStdioFileDescriptor as Descriptor;
 pub(super) struct Router {
     client: ModalClient,
     sandbox: String,
+    /// What Modal gave with it.
+    sandbox_token: Option<String>,
     task: String,
     channel: Channel,
     pass: Mutex<AsciiMetadataValue>,
@@ -70,7 +72,7 @@ impl Router {
     /// A fault for an address that Modal doesn't give.
     pub(super) fn new(
         client: &ModalClient,
-        sandbox: &str,
+        (sandbox, sandbox_token): (&str, Option<&str>),
         task: &str,
         access: &control::CommandRouterAccess,
     ) -> Result<Self, Fault> {
@@ -83,6 +85,7 @@ impl Router {
         Ok(Self {
             client: client.clone(),
             sandbox: sandbox.into(),
+            sandbox_token: sandbox_token.map(str::to_owned),
             task: task.into(),
             channel,
             pass: Mutex::new(pass(&access.jwt)?),
@@ -111,17 +114,11 @@ impl Router {
     /// The fault of asking for it.
     pub(super) async fn refresh(&self) -> Result<(), Fault> {
         let before = self.pass.lock().await.clone();
-        let target = control::sandbox_get_command_router_access_request::Target::SandboxId(
-            self.sandbox.clone(),
-        );
-        let message = control::SandboxGetCommandRouterAccessRequest { target: Some(target) };
         let mut kept = self.pass.lock().await;
         if *kept != before {
             return Ok(());
         }
-        let access = self.client.call(message, Extra::default(), |mut stub, request| async move {
-            stub.sandbox_get_command_router_access(request).await
-        });
+        let access = self.client.access(&self.sandbox, self.sandbox_token.as_deref());
         *kept = pass(&access.await?.jwt)?;
         Ok(())
     }

@@ -1,32 +1,25 @@
 //! Sandboxes: their start, what runs in them, and their end.
 
+use std::future::Future;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream};
-use tokio::sync::watch;
-use tokio::task::AbortHandle;
-use tonic::Code;
 use uuid::Uuid;
 
 use super::app::{App, Build};
-use super::client::{Extra, ModalClient};
+use super::client::{ASK_PAUSE, Extra, ModalClient};
 use super::ending::{self, Ending};
 use super::fault::Fault;
-use super::image::ModalImage;
-use super::options::{self, Network, Secret};
+use super::leftovers::{self, EndGuard};
+use super::outage::{may_pass, outlast};
+use super::process::SandboxProcess;
 use super::proto::client as wire;
-use super::proto::client::network_access::NetworkAccessType;
-use super::router::{Command, Descriptor, ProcessExit, Router};
-use super::stdin::Stdin;
-use super::stdout::Output;
+use super::router::{Command, Router};
+use super::spec::SandboxSpec;
 use super::{OWNER_TAG, SESSION_TAG};
 use crate::error::{Error, Result};
 use crate::image::ProgressFn;
-use crate::process::Owner;
 
-/// Bytes between a stream of a process and the connection.
-const PIPE_BYTES: usize = 1 << 20;
 /// How long making a sandbox may take: there may be no machine for it yet.
 const CREATE_TIME: Duration = Duration::from_secs(300);
 /// How long tunnels may take to be there.
@@ -34,67 +27,19 @@ const TUNNEL_TIME: f32 = 50.0;
 /// How long Modal holds the question whether a sandbox has ended, and how long its answer may take.
 const WAIT_TIME: f32 = 10.0;
 const WAIT_ANSWER_TIME: Duration = Duration::from_secs(15);
+/// How long an outage may last while somebody waits for a sandbox's end.
+const WAIT_PATIENCE: Duration = Duration::from_secs(10 * 60);
 /// What Modal takes as arguments of a process, all of them together.
 const ARGUMENT_CHARS_MAX: usize = 65_536;
-/// Pages of a list of sandboxes that are asked for at most.
-const PAGES_MAX: usize = 1_000;
-
-/// A sandbox to make.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SandboxSpec {
-    /// The app that it belongs to; it's made if there is none of this name. Default: `kaa`.
-    pub app: String,
-    /// What is in it. Default: `python:3.11-slim`.
-    pub image: ModalImage,
-    /// How long building the image may take. Default: 30 min.
-    pub build_timeout: Duration,
-    /// Processors, in parts of one: what it's promised, and what it has at most. Default: 1.
-    pub cpu: f64,
-    /// Memory in MiB: what it's promised, and what it has at most. Default: 1,024.
-    pub memory_mib: u32,
-    /// How long it lives at most, in whole seconds. Default: 1 h.
-    pub timeout: Duration,
-    /// Its network. Default: none.
-    pub network: Network,
-    /// Variables that Modal puts into it. Default: none.
-    pub secrets: Vec<Secret>,
-    /// Its tags. Default: none.
-    pub tags: Vec<(String, String)>,
-    /// Ports that have a tunnel: an address of Modal's, public and encrypted. Default: none.
-    pub ports: Vec<u16>,
-    /// Where its processes begin, an absolute path. Default: what the image says.
-    pub workdir: Option<String>,
-    /// Its first process. Default: one that sleeps.
-    pub entrypoint: Vec<String>,
-}
-
-impl Default for SandboxSpec {
-    fn default() -> Self {
-        Self {
-            app: "kaa".into(),
-            image: ModalImage::default(),
-            build_timeout: Duration::from_secs(30 * 60),
-            cpu: 1.0,
-            memory_mib: 1024,
-            timeout: Duration::from_secs(60 * 60),
-            network: Network::default(),
-            secrets: Vec::new(),
-            tags: Vec::new(),
-            ports: Vec::new(),
-            workdir: None,
-            entrypoint: vec!["sleep".into(), "infinity".into()],
-        }
-    }
-}
 
 /// A sandbox that runs, or has run. Dropping it doesn't end it: [`terminate`](Self::terminate) does, or
-/// its timeout.
+/// its timeout. Once the process that made it is dead, it's a leftover, which `kaa modal clean` ends, and
+/// so does the next [`ModalBackend`](super::ModalBackend) of that machine that connects to the same app.
 #[derive(Debug, Clone)]
 pub struct Sandbox {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
 struct Inner {
     client: ModalClient,
     id: String,
@@ -104,44 +49,43 @@ struct Inner {
     tunnels: Vec<wire::TunnelData>,
 }
 
-/// A process in a sandbox, with its streams. Dropping it lets go of the streams and closes its stdin;
-/// the process goes on.
-#[derive(Debug)]
-pub struct SandboxProcess {
-    router: Arc<Router>,
-    client: ModalClient,
-    exec: String,
-    stdin: Option<DuplexStream>,
-    stdout: DuplexStream,
-    stderr: DuplexStream,
-    carriers: Vec<AbortHandle>,
-    /// Why one of the streams is lost, once it is.
-    lost: watch::Receiver<Option<Fault>>,
-    patience: Duration,
-}
-
-/// A sandbox that Modal knows.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SandboxReport {
-    /// Its id.
-    pub id: String,
-    /// When it was made.
-    pub created_at: SystemTime,
-    /// Its tags.
-    pub tags: Vec<(String, String)>,
-    /// Whether the process that made it lives. Nothing where that isn't known: it was another machine's.
-    pub has_owner: Option<bool>,
-}
-
 /// What a sandbox is made of that there is.
 pub(super) struct Ground<'a> {
     pub(super) app: &'a App,
     pub(super) image: &'a str,
     pub(super) secrets: Vec<wire::SecretSource>,
+    /// What it's found by.
+    pub(super) session: &'a str,
+}
+
+/// A name that no other sandbox is found by.
+pub(super) fn new_session() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+/// Begins what must not be dropped half-way. What nobody waits for any more is dropped as a whole.
+///
+/// # Errors
+///
+/// Those of the work, and that the runtime shut down.
+pub(super) fn undivided<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> impl Future<Output = Result<T>> + Send {
+    let done = tokio::spawn(work);
+    async {
+        done.await.unwrap_or_else(|_| {
+            let reason = "the runtime that was to start it shut down";
+            Err(Error::unavailable("a sandbox of Modal", reason))
+        })
+    }
 }
 
 impl ModalClient {
-    /// Makes a sandbox, and before that its app and image as far as there are none.
+    /// Makes a sandbox, and before that its app and image as far as there are none. One that nobody waits
+    /// for any more is ended.
+    ///
+    /// Beside its own tags it gets `kaa-session`, by which it's told from others, and `kaa-owner`, the
+    /// process that it belongs to: [`sandboxes`](Self::sandboxes) finds it by them.
     ///
     /// # Errors
     ///
@@ -157,15 +101,28 @@ impl ModalClient {
         let (image, time) = (&spec.image, spec.build_timeout);
         let image = self.build(&Build { app: &app, image, time, progress }).await?;
         let secrets = self.secrets(&spec.secrets).await?;
-        self.create(spec, Ground { app: &app, image: &image, secrets }).await
+        let (client, spec, session) = (self.clone(), spec.clone(), new_session());
+        let (sandbox, guard) = undivided(async move {
+            let ground = Ground { app: &app, image: &image, secrets, session: &session };
+            client.create(&spec, ground).await
+        })
+        .await?;
+        guard.release();
+        Ok(sandbox)
     }
 
-    /// Makes a sandbox on what there is.
-    pub(super) async fn create(&self, spec: &SandboxSpec, ground: Ground<'_>) -> Result<Sandbox> {
-        let tags = spec.tags.iter().map(|(name, value)| wire::SandboxTag {
-            tag_name: name.clone(),
-            tag_value: value.clone(),
-        });
+    /// Makes a sandbox on what there is. It's ended with the guard.
+    pub(super) async fn create(
+        &self,
+        spec: &SandboxSpec,
+        ground: Ground<'_>,
+    ) -> Result<(Sandbox, EndGuard)> {
+        let tag = |name: &str, value: &str| wire::SandboxTag {
+            tag_name: name.to_owned(),
+            tag_value: value.to_owned(),
+        };
+        let own = [tag(SESSION_TAG, ground.session), tag(OWNER_TAG, &leftovers::owner_tag())];
+        let tags = spec.tags.iter().map(|(name, value)| tag(name, value)).chain(own);
         let message = wire::SandboxCreateV2Request {
             app_id: ground.app.id.clone(),
             definition: Some(spec.definition(ground.image)),
@@ -177,19 +134,45 @@ impl ModalClient {
             stub.sandbox_create_v2(request).await
         });
         let what = "a sandbox of Modal";
-        let made = made.await.map_err(|fault| self.explain(&fault, what))?;
-        let token = Some(made.sandbox_token).filter(|token| !token.is_empty());
-        let access = made.command_router_access.unwrap_or_default();
-        let router = Router::new(self, &made.sandbox_id, &made.task_id, &access);
-        let router = match router {
-            Ok(router) => Arc::new(router),
-            Err(fault) => {
-                drop(self.terminate(&made.sandbox_id).await);
-                return Err(self.explain(&fault, what));
+        let made = made.await.map_err(|fault| {
+            if may_pass(&fault) {
+                let (app, session) = (ground.app.id.clone(), ground.session.to_owned());
+                tokio::spawn(self.clone().end_unanswered(app, session));
             }
+            self.explain(&fault, what)
+        })?;
+        let token = Some(made.sandbox_token).filter(|token| !token.is_empty());
+        let guard = EndGuard::new(self, &made.sandbox_id, token.as_deref());
+        let own = (made.sandbox_id.as_str(), token.as_deref());
+        let access = match made.command_router_access {
+            Some(access) if !access.url.is_empty() => access,
+            _ => self.access(own.0, own.1).await.map_err(|fault| self.explain(&fault, what))?,
         };
+        let router = Router::new(self, own, &made.task_id, &access);
+        let router = Arc::new(router.map_err(|fault| self.explain(&fault, what))?);
         let (client, id, tunnels) = (self.clone(), made.sandbox_id, made.tunnels);
-        Ok(Sandbox { inner: Arc::new(Inner { client, id, token, router, tunnels }) })
+        let inner = Inner { client, id, token, router, tunnels };
+        Ok((Sandbox { inner: Arc::new(inner) }, guard))
+    }
+
+    /// Where the worker of a sandbox is, and a pass for it.
+    ///
+    /// # Errors
+    ///
+    /// As every call.
+    pub(super) async fn access(
+        &self,
+        id: &str,
+        sandbox_token: Option<&str>,
+    ) -> Result<wire::CommandRouterAccess, Fault> {
+        let target = wire::sandbox_get_command_router_access_request::Target::SandboxId(id.into());
+        let message = wire::SandboxGetCommandRouterAccessRequest { target: Some(target) };
+        let extra = Extra { sandbox_token, ..Extra::default() };
+        let access = self.call(message, extra, |mut stub, request| async move {
+            stub.sandbox_get_command_router_access(request).await
+        });
+        let access = access.await?;
+        Ok(wire::CommandRouterAccess { jwt: access.jwt, url: access.url })
     }
 
     /// A sandbox that was made elsewhere, by its id.
@@ -211,152 +194,22 @@ impl ModalClient {
         if let Some(result) = task.task_result.as_ref().filter(|result| result.status != 0) {
             return Err(Error::unavailable(what, ending::of_result(result).words(None)));
         }
-        let target = wire::sandbox_get_command_router_access_request::Target::SandboxId(id.into());
-        let message = wire::SandboxGetCommandRouterAccessRequest { target: Some(target) };
-        let access = self.call(message, Extra::default(), |mut stub, request| async move {
-            stub.sandbox_get_command_router_access(request).await
-        });
-        let access = access.await.map_err(explain)?;
-        let access = wire::CommandRouterAccess { jwt: access.jwt, url: access.url };
-        let router = Router::new(self, id, task.task_id(), &access).map_err(explain)?;
+        let access = self.access(id, None).await.map_err(explain)?;
+        let router = Router::new(self, (id, None), task.task_id(), &access).map_err(explain)?;
         let (client, id, router) = (self.clone(), id.to_owned(), Arc::new(router));
         let inner = Inner { client, id, token: None, router, tunnels: Vec::new() };
         Ok(Sandbox { inner: Arc::new(inner) })
     }
-
-    /// The sandboxes of Kaa's sessions that live, of all apps or of one, the youngest first. An app that
-    /// isn't there has none.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] for what is no name of an app, [`Error::Unavailable`] when Modal doesn't answer.
-    pub async fn sandboxes(&self, app: Option<&str>) -> Result<Vec<SandboxReport>> {
-        let app_id = match app {
-            Some(name) => self.find_app(name).await?,
-            None => Some(String::new()),
-        };
-        match app_id {
-            Some(id) => self.sessions(&id).await,
-            None => Ok(Vec::new()),
-        }
-    }
-
-    pub(super) async fn sessions(&self, app_id: &str) -> Result<Vec<SandboxReport>> {
-        let me = Owner::of_this_process();
-        let mut found: Vec<SandboxReport> = Vec::new();
-        let mut before_timestamp = 0.0;
-        for _ in 0..PAGES_MAX {
-            let message = wire::SandboxListRequest {
-                app_id: app_id.into(),
-                before_timestamp,
-                environment_name: self.config().environment.clone(),
-                include_finished: false,
-                tags: Vec::new(),
-            };
-            let page = self.call(message, Extra::default(), |mut stub, request| async move {
-                stub.sandbox_list_v2(request).await
-            });
-            let page = page.await.map_err(|fault| self.explain(&fault, "a list of sandboxes"))?;
-            let Some(last) = page.sandboxes.last() else { break };
-            before_timestamp = last.created_at;
-            let reports = page.sandboxes.iter().map(|info| report(info, me.as_ref()));
-            found.extend(reports.filter(|report| report.tag(SESSION_TAG).is_some()));
-        }
-        Ok(found)
-    }
-
-    /// Ends a sandbox. One that has ended stays as it is.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unavailable`] when there is none, or Modal doesn't answer.
-    pub async fn terminate(&self, id: &str) -> Result<()> {
-        let message = wire::SandboxTerminateRequest { sandbox_id: id.into() };
-        let ended = self.call(message, Extra::default(), |mut stub, request| async move {
-            stub.sandbox_terminate_v2(request).await
-        });
-        let ended = ended.await.map(drop);
-        ended.map_err(|fault| self.explain(&fault, &format!("ending the Modal sandbox `{id}`")))
-    }
 }
 
-impl SandboxSpec {
-    /// Checks what can be checked without Modal.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Invalid`] names the field and what would be right.
-    pub fn validate(&self) -> Result<()> {
-        options::check_app(&self.app)?;
-        self.image.validate()?;
-        if !self.ports.is_empty() && self.network == Network::Blocked {
-            let reason = "Modal has no tunnels to a sandbox whose network is blocked; allow it nothing \
-                          instead: Network::Allow with empty lists";
-            return Err(Error::invalid("modal.network", reason));
-        }
-        if self.workdir.as_ref().is_some_and(|path| !path.starts_with('/')) {
-            return Err(Error::invalid("modal.workdir", "must be an absolute path"));
-        }
-        if self.timeout < Duration::from_secs(1) {
-            return Err(Error::invalid("modal.timeout", "must be at least a second"));
-        }
-        Ok(())
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("client", &self.client)
+            .field("id", &self.id)
+            .field("tunnels", &self.tunnels)
+            .finish_non_exhaustive()
     }
-
-    fn definition(&self, image: &str) -> wire::Sandbox {
-        let (kind, cidrs, domains) = match &self.network {
-            Network::Blocked => (NetworkAccessType::Blocked, Vec::new(), Vec::new()),
-            Network::Open => (NetworkAccessType::Open, Vec::new(), Vec::new()),
-            Network::Allow { cidrs, domains } => {
-                (NetworkAccessType::Allowlist, cidrs.clone(), domains.clone())
-            }
-        };
-        let ports = self
-            .ports
-            .iter()
-            .map(|port| wire::PortSpec { port: (*port).into(), unencrypted: false });
-        let ports = wire::PortSpecs { ports: ports.collect() };
-        let milli_cpu = (self.cpu * 1000.0).round() as u32;
-        wire::Sandbox {
-            entrypoint_args: self.entrypoint.clone(),
-            image_id: image.into(),
-            resources: Some(wire::Resources {
-                memory_mb: self.memory_mib,
-                milli_cpu,
-                memory_mb_max: self.memory_mib,
-                milli_cpu_max: milli_cpu,
-            }),
-            timeout_secs: self.timeout.as_secs().try_into().unwrap_or(u32::MAX),
-            workdir: self.workdir.clone(),
-            open_ports_oneof: Some(wire::sandbox::OpenPortsOneof::OpenPorts(ports)),
-            network_access: Some(wire::NetworkAccess {
-                network_access_type: kind.into(),
-                allowed_cidrs: cidrs,
-                allowed_domains: domains,
-            }),
-            name: None,
-            idle_timeout_secs: None,
-        }
-    }
-}
-
-impl SandboxReport {
-    fn tag(&self, name: &str) -> Option<&str> {
-        self.tags.iter().find(|(tag, _)| tag == name).map(|(_, value)| value.as_str())
-    }
-}
-
-fn report(info: &wire::SandboxInfo, me: Option<&Owner>) -> SandboxReport {
-    let seconds = if info.created_at.is_finite() { info.created_at.clamp(0.0, 1e11) } else { 0.0 };
-    let tags = info.tags.iter().map(|tag| (tag.tag_name.clone(), tag.tag_value.clone()));
-    let mut report = SandboxReport {
-        id: info.id.clone(),
-        created_at: UNIX_EPOCH + Duration::from_secs_f64(seconds),
-        tags: tags.collect(),
-        has_owner: None,
-    };
-    report.has_owner = report.tag(OWNER_TAG).and_then(|tag| me?.knows_alive(tag));
-    report
 }
 
 impl Sandbox {
@@ -419,35 +272,7 @@ impl Sandbox {
                 _ => self.explain(&fault, "a process in the Modal sandbox"),
             });
         }
-        let (lose, lost) = watch::channel(None);
-        let mut process = SandboxProcess {
-            lost,
-            patience,
-            router: Arc::clone(router),
-            client: self.inner.client.clone(),
-            exec: exec.clone(),
-            stdin: None,
-            stdout: tokio::io::duplex(1).0,
-            stderr: tokio::io::duplex(1).0,
-            carriers: Vec::new(),
-        };
-        let (near, far) = tokio::io::duplex(PIPE_BYTES);
-        let stdin = Stdin::new(Arc::clone(router), exec.clone(), far, patience);
-        // It ends by itself, with the end of what it carries: a process whose stdin is dropped is told.
-        tokio::spawn(carried(stdin.run(), lose.clone()));
-        process.stdin = Some(near);
-        for descriptor in [Descriptor::Stdout, Descriptor::Stderr] {
-            let (near, sink) = tokio::io::duplex(PIPE_BYTES);
-            let (router, exec) = (Arc::clone(router), exec.clone());
-            let output = Output { router, exec, descriptor, sink, patience };
-            let carrier = tokio::spawn(carried(output.run(), lose.clone()));
-            process.carriers.push(carrier.abort_handle());
-            match descriptor {
-                Descriptor::Stdout => process.stdout = near,
-                Descriptor::Stderr => process.stderr = near,
-            }
-        }
-        Ok(process)
+        Ok(SandboxProcess::new(&self.inner.client, router, &exec, patience))
     }
 
     /// The address of the tunnel to a port, such as `https://….modal.host`. It's public.
@@ -502,15 +327,15 @@ impl Sandbox {
         Ok(result.map(|result| ending::of_result(&result)))
     }
 
-    /// Waits until it has ended: how.
-    pub(super) async fn watch(&self) -> Result<Ending, Fault> {
+    /// Waits until it has ended: how. Outages that are no longer than `patience` are waited for, too.
+    pub(super) async fn watch(&self, patience: Duration) -> Result<Ending, Fault> {
         loop {
-            match self.wait_for(WAIT_TIME, Some(WAIT_ANSWER_TIME)).await {
-                Ok(Some(ending)) => return Ok(ending),
-                Ok(None) => {}
-                Err(fault) if fault.code == Code::DeadlineExceeded => {}
-                Err(fault) => return Err(fault),
+            let asked = Instant::now();
+            let question = || self.wait_for(WAIT_TIME, Some(WAIT_ANSWER_TIME));
+            if let Some(ending) = outlast(patience, question).await? {
+                return Ok(ending);
             }
+            tokio::time::sleep(ASK_PAUSE.saturating_sub(asked.elapsed())).await;
         }
     }
 
@@ -518,9 +343,9 @@ impl Sandbox {
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] when Modal doesn't answer.
+    /// [`Error::Unavailable`] when Modal doesn't answer for ten minutes.
     pub async fn wait(&self) -> Result<String> {
-        let ended = self.watch().await.map(|ending| ending.words(None));
+        let ended = self.watch(WAIT_PATIENCE).await.map(|ending| ending.words(None));
         ended.map_err(|fault| self.explain(&fault, "the end of the Modal sandbox"))
     }
 
@@ -530,10 +355,10 @@ impl Sandbox {
     ///
     /// [`Error::Unavailable`] when Modal doesn't answer.
     pub async fn terminate(&self) -> Result<()> {
-        self.inner.client.terminate(self.id()).await
+        self.inner.client.end(self.id(), self.inner.token.as_deref()).await
     }
 
-    /// Makes an image of its files, for [`ModalImage::from_id`]: its id. Modal keeps it for so long, or
+    /// Makes an image of its files, for [`ModalImage::from_id`](super::ModalImage::from_id): its id. Modal keeps it for so long, or
     /// for as long as it keeps anything.
     ///
     /// # Errors
@@ -543,65 +368,5 @@ impl Sandbox {
         let id = Uuid::new_v4().to_string();
         let made = self.inner.router.snapshot(&id, keep).await;
         made.map_err(|fault| self.explain(&fault, "a snapshot of the Modal sandbox's files"))
-    }
-}
-
-impl SandboxProcess {
-    /// Its stdin, once. Dropping that closes it.
-    pub fn stdin(&mut self) -> Option<impl AsyncWrite + Send + Sync + Unpin + 'static> {
-        self.stdin.take()
-    }
-
-    /// What it writes to stdout.
-    pub fn stdout(&mut self) -> &mut (impl AsyncRead + Send + Sync + Unpin + 'static) {
-        &mut self.stdout
-    }
-
-    /// What it writes to stderr.
-    pub fn stderr(&mut self) -> &mut (impl AsyncRead + Send + Sync + Unpin + 'static) {
-        &mut self.stderr
-    }
-
-    /// Waits until it has ended.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unavailable`] when the sandbox has ended before, or Modal doesn't answer.
-    pub async fn wait(&self) -> Result<ProcessExit> {
-        let waited = self.router.wait(&self.exec, self.patience).await;
-        waited.map_err(|fault| self.client.explain(&fault, "a process in the Modal sandbox"))
-    }
-
-    /// How it ended, if it has.
-    pub(super) async fn poll(&self) -> Option<ProcessExit> {
-        self.router.poll(&self.exec).await.ok().flatten()
-    }
-
-    /// Its stdin, which stays open.
-    pub(super) fn stdin_mut(&mut self) -> Option<&mut DuplexStream> {
-        self.stdin.as_mut()
-    }
-
-    /// Why one of its streams is lost, once it is.
-    pub(super) fn lost(&self) -> watch::Receiver<Option<Fault>> {
-        self.lost.clone()
-    }
-
-    /// Takes the streams that a session is carried by.
-    pub(super) fn take_streams(&mut self) -> (DuplexStream, Option<DuplexStream>) {
-        (std::mem::replace(&mut self.stdout, tokio::io::duplex(1).0), self.stdin.take())
-    }
-}
-
-/// Notes why a stream is lost, if it is.
-async fn carried(run: impl Future<Output = Result<(), Fault>>, lose: watch::Sender<Option<Fault>>) {
-    if let Err(fault) = run.await {
-        lose.send_replace(Some(fault));
-    }
-}
-
-impl Drop for SandboxProcess {
-    fn drop(&mut self) {
-        self.carriers.iter().for_each(AbortHandle::abort);
     }
 }

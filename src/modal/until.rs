@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, DuplexStream, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::watch;
 
 use super::ending::Ending;
@@ -19,15 +19,15 @@ const DRAIN_TIME: Duration = Duration::from_secs(1);
 type Ended = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 /// A stream, and the end of what it comes from.
-pub(super) struct Until {
-    stream: DuplexStream,
+pub(super) struct Until<S> {
+    stream: S,
     ended: Ended,
 }
 
-impl Until {
+impl<S> Until<S> {
     /// `ending` tells of the sandbox, `lost` of the streams of the process.
     pub(super) fn new(
-        stream: DuplexStream,
+        stream: S,
         ending: watch::Receiver<Option<Ending>>,
         lost: watch::Receiver<Option<Fault>>,
     ) -> Self {
@@ -50,7 +50,7 @@ async fn some<T>(mut news: watch::Receiver<Option<T>>) {
     }
 }
 
-impl AsyncRead for Until {
+impl<S: AsyncRead + Unpin> AsyncRead for Until<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -3,7 +3,10 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
 
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 #[cfg(feature = "modal")]
 use sha2::{Digest, Sha256};
 
@@ -18,6 +21,17 @@ pub(crate) struct Owner {
     started: u64,
 }
 
+/// What is known of the process of a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Trace {
+    /// It runs since then, in ticks since the boot.
+    Since(u64),
+    /// There is none, or none that still runs.
+    Dead,
+    /// There is one, of which this user isn't told more: `/proc` may be mounted with `hidepid`.
+    Hidden,
+}
+
 impl Owner {
     /// `None` on a system that doesn't tell (without `/proc`): there containers end with the connection
     /// all the same, and only what a killed engine left stays.
@@ -27,17 +41,19 @@ impl Owner {
         let namespace = fs::read_link("/proc/self/ns/pid").ok()?;
         let namespace: String = namespace.to_str()?.chars().filter(char::is_ascii_digit).collect();
         let realm = format!("{}:{namespace}", boot.trim());
-        Some(Self { realm, pid, started: started(pid)? })
+        match started(pid) {
+            Trace::Since(started) => Some(Self { realm, pid, started }),
+            Trace::Dead | Trace::Hidden => None,
+        }
     }
 
-    /// Whether the process with this label is of this realm and dead. `started` tells when the process
-    /// of a number was started, if there is one.
+    /// Whether the process with this label is of this realm and dead for sure. `started` tells what is
+    /// known of the process of a number.
     #[cfg(feature = "docker")]
-    pub(crate) fn outlived(&self, label: &str, started: impl Fn(u32) -> Option<u64>) -> bool {
-        match Self::parse(label) {
-            Some(other) => other.realm == self.realm && started(other.pid) != Some(other.started),
-            None => false,
-        }
+    pub(crate) fn outlived(&self, label: &str, started: impl Fn(u32) -> Trace) -> bool {
+        Self::parse(label).is_some_and(|other| {
+            other.realm == self.realm && started(other.pid).is_alive(other.started) == Some(false)
+        })
     }
 
     /// What others outside of this machine may see of it: letters, digits and dashes.
@@ -52,13 +68,16 @@ impl Owner {
         digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Whether the process with this tag lives, if it's of this realm.
+    /// Whether the process with this tag lives, if it's of this realm and that is known.
     #[cfg(feature = "modal")]
     pub(crate) fn knows_alive(&self, tag: &str) -> Option<bool> {
         let (rest, since) = tag.rsplit_once('-')?;
         let (realm, pid) = rest.rsplit_once('-')?;
         let (pid, since) = (pid.parse().ok()?, since.parse::<u64>().ok()?);
-        (realm == self.realm_tag()).then(|| started(pid) == Some(since))
+        if realm != self.realm_tag() {
+            return None;
+        }
+        started(pid).is_alive(since)
     }
 
     #[cfg(feature = "docker")]
@@ -75,20 +94,44 @@ impl fmt::Display for Owner {
     }
 }
 
-/// When the process of this number was started; `None` when there is none that still runs.
-pub(crate) fn started(pid: u32) -> Option<u64> {
-    started_in(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+impl Trace {
+    /// Whether it's the process that was started then; nothing when that can't be told.
+    fn is_alive(self, started: u64) -> Option<bool> {
+        match self {
+            Self::Since(since) => Some(since == started),
+            Self::Dead => Some(false),
+            Self::Hidden => None,
+        }
+    }
+}
+
+/// What is known of the process of this number.
+pub(crate) fn started(pid: u32) -> Trace {
+    traced(pid, fs::read_to_string(format!("/proc/{pid}/stat")))
+}
+
+/// What can't be read says nothing: only the kernel's word that there is none counts.
+fn traced(pid: u32, stat: io::Result<String>) -> Trace {
+    if let Some(trace) = stat.ok().and_then(|stat| started_in(&stat)) {
+        return trace;
+    }
+    // A number that is too large for one is nobody's.
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    match pid.map(test_kill_process) {
+        None | Some(Err(Errno::SRCH)) => Trace::Dead,
+        Some(_) => Trace::Hidden,
+    }
 }
 
 /// Fields are counted from behind the name, which may have anything in it.
-fn started_in(stat: &str) -> Option<u64> {
+fn started_in(stat: &str) -> Option<Trace> {
     let (_, rest) = stat.rsplit_once(") ")?;
     let mut fields = rest.split(' ');
     // What only waits for its parent has no connection any more.
     if matches!(fields.next()?, "Z" | "X") {
-        return None;
+        return Some(Trace::Dead);
     }
-    fields.nth(18)?.parse().ok()
+    fields.nth(18)?.parse().ok().map(Trace::Since)
 }
 
 #[cfg(test)]
@@ -99,15 +142,17 @@ mod tests {
     fn only_what_a_dead_process_of_this_realm_left_is_a_leftover() {
         let me = Owner { realm: "boot:4026".into(), pid: 7, started: 100 };
         let alive = |pid| match pid {
-            7 => Some(100),
-            8 => Some(250),
-            _ => None,
+            7 => Trace::Since(100),
+            8 => Trace::Since(250),
+            9 => Trace::Dead,
+            _ => Trace::Hidden,
         };
         for (label, is_leftover) in [
             ("boot:4026/7/100", false),
             ("boot:4026/8/250", false),
             ("boot:4026/8/249", true),
             ("boot:4026/9/100", true),
+            ("boot:4026/10/100", false),
             ("other:4026/9/100", false),
             ("boot:4027/9/100", false),
             ("unknown", false),
@@ -123,10 +168,30 @@ mod tests {
     #[test]
     fn the_start_is_read_whatever_the_name_is() {
         let tail = "1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 9 10";
-        assert_eq!(started_in(&format!("7 (a) Z (b)) S {tail}")), Some(4711));
-        assert_eq!(started_in(&format!("7 (name) Z {tail}")), None);
+        assert_eq!(started_in(&format!("7 (a) Z (b)) S {tail}")), Some(Trace::Since(4711)));
+        assert_eq!(started_in(&format!("7 (name) Z {tail}")), Some(Trace::Dead));
         for odd in ["", "7 (name) S 1 2", "7 name S", ") "] {
             assert_eq!(started_in(odd), None, "{odd}");
+        }
+    }
+
+    #[test]
+    fn a_process_that_can_not_be_read_is_dead_only_if_the_kernel_says_so() {
+        let hidden = || Err(io::Error::from(io::ErrorKind::NotFound));
+        assert_eq!(traced(std::process::id(), hidden()), Trace::Hidden);
+        assert_eq!(traced(std::process::id(), Ok("odd".into())), Trace::Hidden);
+        // Of another user's, unless this one is root.
+        assert_eq!(traced(1, hidden()), Trace::Hidden);
+        for nobody in [0, 1 << 30, u32::MAX] {
+            assert_eq!(traced(nobody, hidden()), Trace::Dead, "{nobody}");
+        }
+        for (trace, alive) in [
+            (Trace::Since(100), Some(true)),
+            (Trace::Since(101), Some(false)),
+            (Trace::Dead, Some(false)),
+            (Trace::Hidden, None),
+        ] {
+            assert_eq!(trace.is_alive(100), alive, "{trace:?}");
         }
     }
 

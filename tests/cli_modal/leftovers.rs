@@ -46,10 +46,10 @@ impl Scene {
             let session = backend.open(EnvironmentOptions::default()).await.unwrap();
             let client = ModalClient::connect(config).await.unwrap();
             let make = async |app: &str, tags: &[(&str, &str)]| {
-                let tags = tags.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
-                let tags = tags.collect();
-                let spec = SandboxSpec { app: app.into(), tags, ..SandboxSpec::default() };
-                client.create_sandbox(&spec, &|_| {}).await.unwrap().id().to_owned()
+                let spec = SandboxSpec { app: app.into(), ..SandboxSpec::default() };
+                let id = client.create_sandbox(&spec, &|_| {}).await.unwrap().id().to_owned();
+                cloud.stand_in.retag(&id, tags);
+                id
             };
             let owner = ("kaa-owner", "00112233445566ff-1-1");
             let elsewhere =
@@ -205,12 +205,11 @@ fn long_lists_are_read_to_their_end() {
     let config = cloud.stand_in.config();
     runtime.block_on(async {
         let client = ModalClient::connect(config).await.unwrap();
-        for number in 0..45 {
-            let tags = vec![("kaa-session".to_owned(), number.to_string())];
+        for _ in 0..45 {
             // Nothing has to run in it.
             let entrypoint = vec!["sleep".to_owned(), "600".to_owned()];
             let timeout = Duration::from_secs(600);
-            let spec = SandboxSpec { tags, entrypoint, timeout, ..SandboxSpec::default() };
+            let spec = SandboxSpec { entrypoint, timeout, ..SandboxSpec::default() };
             client.create_sandbox(&spec, &|_| {}).await.unwrap();
         }
     });

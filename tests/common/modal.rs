@@ -55,7 +55,7 @@ pub(crate) use self::gate::{Fault, Recorded};
 use self::procs::Procs;
 pub(crate) use self::proto::client::generic_result::GenericStatus;
 use self::proto::client::modal_client_server::ModalClientServer;
-use self::proto::client::{GenericResult, Sandbox as Definition};
+use self::proto::client::{GenericResult, Sandbox as Definition, SandboxTag};
 use self::proto::task_command_router::task_command_router_server::TaskCommandRouterServer;
 pub(crate) use self::world::StandInOptions;
 use self::world::World;
@@ -187,6 +187,8 @@ impl StandIn {
             id: sandbox.id.clone(),
             tags: sandbox
                 .tags
+                .lock()
+                .unwrap()
                 .iter()
                 .map(|tag| (tag.tag_name.clone(), tag.tag_value.clone()))
                 .collect(),
@@ -203,6 +205,16 @@ impl StandIn {
     /// Ends a sandbox as Modal does: it's evicted, out of memory, out of time, …
     pub(crate) fn end_sandbox(&self, id: &str, status: GenericStatus) {
         self.world.sandbox(id).expect("it's one of this stand-in's").end(status);
+    }
+
+    /// Makes a sandbox one that somebody else has made, with these tags.
+    pub(crate) fn retag(&self, id: &str, tags: &[(&str, &str)]) {
+        let tag = |&(name, value): &(&str, &str)| SandboxTag {
+            tag_name: name.to_owned(),
+            tag_value: value.to_owned(),
+        };
+        let sandbox = self.world.sandbox(id).expect("it's one of this stand-in's");
+        *sandbox.tags.lock().unwrap() = tags.iter().map(tag).collect();
     }
 
     /// Drops every connection, of tunnels too.

@@ -110,3 +110,31 @@ async fn what_modal_can_not_do_is_refused_before_a_sandbox_is_made() {
     }
     assert!(stand_in.sandboxes().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_cause_of_an_end_is_not_waited_for_without_bound() {
+    let stand_in = stand_in().await;
+    let mut session = session(&stand_in).await;
+    session.execute("1").await.expect("a cell");
+    for _ in 0..20 {
+        stand_in.fault("TaskExecPoll", Fault::Delay(Duration::from_secs(60)));
+    }
+    let pids = stand_in.sandboxes()[0].pids.clone();
+    let is_python = |pid: &&i32| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.contains("python")
+    };
+    // The supervisor was there first.
+    let supervisor = pids.iter().filter(is_python).min().expect("it runs");
+    let pid = rustix::process::Pid::from_raw(*supervisor).expect("a number");
+    let since = std::time::Instant::now();
+    let killing = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it's ours");
+    };
+    let (error, ()) = tokio::join!(session.execute("import time; time.sleep(60)"), killing);
+    let error = error.expect_err("its supervisor is dead");
+    assert!(error.poisons() && error.to_string().contains("doesn't answer"), "{error}");
+    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    session.close().await.expect("the end");
+}

@@ -5,9 +5,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::{client, running, stand_in};
 
-async fn text(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> String {
+async fn text(stream: Option<impl tokio::io::AsyncRead + Unpin>) -> String {
     let mut text = String::new();
-    stream.read_to_string(&mut text).await.expect("UTF-8");
+    stream.expect("it's the first time").read_to_string(&mut text).await.expect("UTF-8");
     text
 }
 

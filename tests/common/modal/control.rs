@@ -31,6 +31,11 @@ fn seconds(value: f32) -> Duration {
 }
 
 impl Control {
+    /// How long a question is held.
+    fn held(&self, timeout: f32) -> Duration {
+        if self.0.options.holds { seconds(timeout) } else { Duration::ZERO }
+    }
+
     fn create(&self, request: &SandboxCreateV2Request) -> Result<Arc<Running>, Status> {
         let world = &self.0;
         if !world.apps.lock().unwrap().values().any(|app| *app == request.app_id) {
@@ -110,7 +115,7 @@ fn info(sandbox: &Running) -> SandboxInfo {
             result: sandbox.result(),
         }),
         app_id: sandbox.app_id.clone(),
-        tags: sandbox.tags.clone(),
+        tags: sandbox.tags.lock().unwrap().clone(),
         name: sandbox.definition.name.clone().unwrap_or_default(),
         image_id: sandbox.definition.image_id.clone(),
         timeout_secs: sandbox.definition.timeout_secs,
@@ -173,7 +178,7 @@ impl ModalClient for Control {
     ) -> Answer<Self::ImageJoinStreamingStream> {
         let request = request.into_inner();
         let image = self.0.image(&request.image_id)?;
-        let timeout = seconds(request.timeout);
+        let timeout = self.held(request.timeout);
         Ok(Response::new(image.join(&request.last_entry_id, timeout)))
     }
 
@@ -199,7 +204,11 @@ impl ModalClient for Control {
             sandbox_id: sandbox.id.clone(),
             tunnels: tunnels(&sandbox, true),
             task_id: sandbox.task_id.clone(),
-            command_router_access: Some(CommandRouterAccess { jwt, url }),
+            command_router_access: self
+                .0
+                .options
+                .tells_router
+                .then_some(CommandRouterAccess { jwt, url }),
             sandbox_token: format!("token-of-{}", sandbox.id),
         }))
     }
@@ -250,7 +259,10 @@ impl ModalClient for Control {
             (request.app_id.is_empty() || sandbox.app_id == request.app_id)
                 && (request.include_finished || sandbox.is_running())
                 && (before == 0.0 || sandbox.created_at < before)
-                && request.tags.iter().all(|tag| sandbox.tags.contains(tag))
+                && {
+                    let tags = sandbox.tags.lock().unwrap();
+                    request.tags.iter().all(|tag| tags.contains(tag))
+                }
         };
         let mut sandboxes: Vec<_> =
             sandboxes.values().filter(is_listed).map(|sandbox| info(sandbox)).collect();
@@ -277,7 +289,7 @@ impl ModalClient for Control {
         let sandbox = self.0.sandbox(&request.sandbox_id)?;
         let mut result = sandbox.watch();
         let ended = result.wait_for(Option::is_some);
-        let ended = tokio::time::timeout(seconds(request.timeout), ended).await;
+        let ended = tokio::time::timeout(self.held(request.timeout), ended).await;
         let result = ended.ok().and_then(Result::ok).and_then(|result| result.clone());
         Ok(Response::new(SandboxWaitResponse { result: Some(result.unwrap_or_default()) }))
     }

@@ -40,6 +40,10 @@ pub(crate) struct StandInOptions {
     /// The secrets that the account has.
     pub(crate) secrets: BTreeMap<String, BTreeMap<String, String>>,
     pub(crate) image_builder_version: String,
+    /// Whether questions are held for as long as they say, until there is an answer.
+    pub(crate) holds: bool,
+    /// Whether the answer of a create tells where the sandbox's worker is.
+    pub(crate) tells_router: bool,
 }
 
 impl Default for StandInOptions {
@@ -53,6 +57,8 @@ impl Default for StandInOptions {
             token_life: Duration::from_secs(20 * 60),
             secrets: BTreeMap::new(),
             image_builder_version: "2025.06".into(),
+            holds: true,
+            tells_router: true,
         }
     }
 }
