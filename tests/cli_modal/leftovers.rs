@@ -120,7 +120,7 @@ fn the_sandboxes_of_sessions_are_listed() {
 #[test]
 fn nothing_is_said_to_be_nothing() {
     let cloud = Cloud::new();
-    let nothing: &[&str] = &["kaa: no session of Kaa's has a sandbox there"];
+    let nothing: &[&str] = &["kaa: Kaa has no sandbox there"];
     cloud.place.check(&[
         fails("modal list", &[], 0, nothing),
         fails("modal list --app not-there", &[], 0, nothing),
