@@ -90,7 +90,7 @@ async fn a_cell_that_is_stopped_in_a_call_goes_no_further() {
     let (mut session, _) = open(&stand_in).await;
     session.execute("kept, beyond = 1, False").await.expect("a cell");
     let limits = Limits { wall: Duration::from_secs(1), ..Limits::default() };
-    let options = ExecuteOptions { limits: Some(limits), ..ExecuteOptions::default() };
+    let options = ExecuteOptions { limits: Some(limits) };
     let code = "answer = llm_query('60000 a')\nbeyond = True";
     let cell = session.execute_opts(code, options).await.expect("a cell");
     assert_eq!(cell.outcome, Outcome::LimitReached, "{}", cell.stderr.text());
