@@ -20,6 +20,8 @@ const CALLS_MAX: usize = 256;
 /// How long the broker may take to say that it listens.
 const START_TIME: Duration = Duration::from_secs(60);
 const LINE_BYTES_MAX: u64 = 4 << 10;
+/// How long the end of a sandbox may take to be known after that of a process in it.
+const END_TIME: Duration = Duration::from_secs(1);
 /// A call ends with its cell, which has limits of its own.
 const ANSWER_SECONDS_MAX: u32 = 24 * 60 * 60;
 
@@ -56,12 +58,18 @@ impl Relay {
             ..BrokerOptions::default()
         };
         let broker = Broker::connect(&url, self.host_token, options).await?;
+        let sandbox = sandbox.clone();
         let ended = async move {
             let how = match process.wait().await {
                 Ok(ProcessExit::Code(code)) => format!("exit code {code}"),
                 Ok(ProcessExit::Signal(signal)) => format!("signal {signal}"),
                 Err(error) => error.to_string(),
             };
+            // With its sandbox gone, the session's own process knows better why.
+            tokio::time::sleep(END_TIME).await;
+            if let Ok(Some(_)) = sandbox.ended().await {
+                std::future::pending::<()>().await;
+            }
             let mut words = String::new();
             if let Some(stderr) = process.stderr() {
                 let mut stderr = stderr.take(LINE_BYTES_MAX);

@@ -13,7 +13,7 @@ use kaa::{
     Status,
 };
 
-use crate::cloud::StandIn;
+use crate::cloud::{GenericStatus, StandIn};
 use crate::{all_ended, config, stand_in};
 
 /// Echoes, after as many milliseconds as the prompt begins with; it counts what it is asked.
@@ -161,6 +161,26 @@ async fn what_a_worker_that_died_has_asked_costs_nothing() {
     assert_eq!(printed(&mut session, "print(llm_query('0 b'))").await, "0 b\n");
     assert_eq!(lm.0.load(SeqCst), before + 1);
     session.close().await.expect("the end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sandbox_that_ends_under_it_says_why() {
+    for (status, part) in [
+        (GenericStatus::Timeout, "modal.timeout"),
+        (GenericStatus::KernelOomKill, "limits.memory_bytes"),
+    ] {
+        let stand_in = stand_in().await;
+        let (mut session, _) = open(&stand_in).await;
+        let id = stand_in.sandboxes()[0].id.clone();
+        let ending = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            stand_in.end_sandbox(&id, status);
+        };
+        let (error, ()) = tokio::join!(session.execute("llm_query('60000 a')"), ending);
+        let error = error.expect_err("its sandbox is gone");
+        assert!(error.poisons() && error.to_string().contains(part), "{status:?}: {error}");
+        session.close().await.expect("the end");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
