@@ -15,6 +15,7 @@ import time
 from .values import loads
 
 TRIES = 8  # In a row without an answer: about ten seconds.
+FULL = 503
 PAUSE = 0.05
 PAUSE_MAX = 3.0
 READ_BYTES = 1 << 18
@@ -48,19 +49,21 @@ class Door:
         )
         body = b"".join((start, _encode(frame, newline=False), b'"}'))
         head = b"%s%d\r\n\r\n" % (self.head, _len(body))
-        for number in range(1, TRIES + 1):
+        failed, pause = 0, PAUSE
+        while True:
             try:
                 status, answer = self.exchange(head, body)
-                if status != 503:
+                if status != FULL:
                     return self.open(status, answer)
-                problem = "it is full"
+                failed = 0  # It's there, and has more calls than it takes: this one waits for its turn.
             except OSError as error:
                 if error.errno is None:
                     raise  # Of the handler of a signal: an alarm's TimeoutError is an OSError, too.
-                problem = error
-            if number < TRIES:
-                _sleep(_min(PAUSE * 2**number, PAUSE_MAX))
-        raise OSError("the broker of the session cannot be reached: %s" % problem)
+                failed += 1
+                if failed == TRIES:
+                    raise OSError("the broker of the session cannot be reached: %s" % error) from None
+            pause = _min(pause * 2, PAUSE_MAX)
+            _sleep(pause)
 
     def exchange(self, head, body):
         """One request and its response: the status and the body."""

@@ -22,6 +22,8 @@ const START_TIME: Duration = Duration::from_secs(60);
 const LINE_BYTES_MAX: u64 = 4 << 10;
 /// How long the end of a sandbox may take to be known after that of a process in it.
 const END_TIME: Duration = Duration::from_secs(1);
+/// Those who can't be served yet are told so, which takes a connection for a moment.
+const CONNECTIONS_MAX: usize = 1024;
 /// A call ends with its cell, which has limits of its own.
 const ANSWER_SECONDS_MAX: u32 = 24 * 60 * 60;
 
@@ -99,6 +101,7 @@ impl Relay {
             "host_token": self.host_token.expose(),
             "guest_token": self.guest_token.expose(),
             "answer_seconds_max": ANSWER_SECONDS_MAX,
+            "connections_max": CONNECTIONS_MAX,
         });
         let failed = |reason: String| {
             let what = "the broker in the Modal sandbox";

@@ -36,7 +36,9 @@ async fn open(stand_in: &StandIn) -> (Box<dyn Environment>, Arc<Slow>) {
         ModalOptions { carrier: Carrier::Broker { port: 8080 }, ..ModalOptions::default() };
     let backend = ModalBackend::connect(config(stand_in), options, &|_| {}).await.expect("it");
     let lm = Arc::new(Slow::default());
-    let options = EnvironmentOptions { lm: Some(lm.clone()), ..EnvironmentOptions::default() };
+    let limits = Limits { lm_calls: 1000, ..Limits::default() };
+    let lm_handler = Some(lm.clone() as Arc<dyn LmHandler>);
+    let options = EnvironmentOptions { lm: lm_handler, limits, ..EnvironmentOptions::default() };
     (backend.open(options).await.expect("a session"), lm)
 }
 
@@ -59,6 +61,11 @@ async fn nothing_gets_out_but_answers_get_in() {
                 print(len(set(answers)), llm_query_batched(['a', 'b']), len(llm_query('x' * 20_000_000)))";
     assert_eq!(printed(&mut session, code).await, "40 ['a', 'b'] 20000000\n");
     assert_eq!(lm.0.load(SeqCst), 43);
+    // More than the broker takes at a time wait for their turn.
+    let code = "import threading; threading.stack_size(1 << 18)\n\
+                with Pool(400) as pool: answers = list(pool.map(lambda n: llm_query(f'1500 {n}'), range(400)))\n\
+                print(answers == [f'1500 {n}' for n in range(400)])";
+    assert_eq!(printed(&mut session, code).await, "True\n");
     // Strangers in the sandbox have no token.
     let code = "import urllib.request\n\
                 print(urllib.request.urlopen('http://127.0.0.1:8080/health').status)\n\
