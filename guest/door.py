@@ -1,4 +1,4 @@
-"""Calls of language models over HTTP to the broker (`guest/broker.py`), where that is their way.
+"""Calls of language models over HTTP to the broker (`guest/broker/`), where that is their way.
 
 Each call has a connection of its own, so that threads don't wait for each other, and what the handler of a signal raises
 here, between any two steps, leaves nothing behind: the connection is closed, and the broker drops the call. A call has an
@@ -14,10 +14,10 @@ import time
 
 from .values import loads
 
-TRIES = 8  # In a row without an answer: about ten seconds.
+TRIES = 40  # In a row without an answer: about ten seconds.
 FULL = 503
 PAUSE = 0.05
-PAUSE_MAX = 3.0
+PAUSE_MAX = 0.25  # A cell that has to stop doesn't before the end of one.
 READ_BYTES = 1 << 18
 HEAD_BYTES_MAX = 1 << 16
 # The host's limit of the cell is shorter, and ends the call.

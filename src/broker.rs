@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use reqwest::{Client, Method, StatusCode, Url};
 use serde_json::Value as Json;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 #[cfg(feature = "modal")]
 pub(crate) use self::answer::Responder;
@@ -36,10 +36,16 @@ use crate::error::{Error, Result};
 use crate::lm::{Secret, tls, trusted_roots};
 
 /// The program in the sandbox.
-pub const SCRIPT: &str = include_str!("../guest/broker.py");
+pub const SCRIPT: &str = concat!(
+    include_str!("../guest/broker/queue.py"),
+    "\n\n",
+    include_str!("../guest/broker/server.py"),
+);
 
 /// Bytes of what the broker says at once; items beyond them come with the next poll.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
+/// What the slowest line carries that is put up with.
+const SLOW_BYTES_A_SECOND: usize = 1 << 20;
 /// The waits between two tries double from the first of these to the second.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -53,7 +59,8 @@ pub struct BrokerOptions {
     pub gone_after: Duration,
     /// How long a poll waits for requests; 20 s by default, at most 60 s.
     pub poll: Duration,
-    /// Time for a connection, and beyond the poll's own for any answer; 10 s by default.
+    /// Time for a connection, and beyond the poll's own for any answer to begin or go on; 10 s by default.
+    /// What is long may take a second for each MiB of it besides.
     pub timeout: Duration,
     /// Requests that are answered at once, a batch counting as one; 16 by default.
     pub concurrency: usize,
@@ -176,16 +183,25 @@ impl Broker {
     ) -> Result<Json, Fault> {
         let passing = |e: reqwest::Error| Fault::Passing(reason(&e));
         let url = format!("{}/{path}", self.url.as_str().trim_end_matches('/'));
-        let mut request = self.client.request(method, url).timeout(wait + self.options.timeout);
+        let mut request = self.client.request(method, url);
         if path != "health" {
             request = request.bearer_auth(self.token.expose());
         }
+        let timeout = self.options.timeout;
+        let mut begins = wait + timeout;
         if let Some(body) = body {
+            begins += Duration::from_secs((body.len() / SLOW_BYTES_A_SECOND) as u64);
             request = request.header("content-type", "application/json").body(body);
         }
-        let mut response = request.send().await.map_err(passing)?;
+        let late = |_| Fault::Passing("no answer in time".to_owned());
+        let until = Instant::now() + begins;
+        let ends = until + Duration::from_secs((ANSWER_BYTES_MAX / SLOW_BYTES_A_SECOND) as u64);
+        let sent = timeout_at(until, request.send()).await;
+        let mut response = sent.map_err(late)?.map_err(passing)?;
         let mut answer = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(passing)? {
+        loop {
+            let next = timeout_at((Instant::now() + timeout).min(ends), response.chunk());
+            let Some(chunk) = next.await.map_err(late)?.map_err(passing)? else { break };
             if chunk.len() > ANSWER_BYTES_MAX - answer.len() {
                 return Err(Fault::Passing(format!("it says more than {ANSWER_BYTES_MAX} bytes")));
             }
@@ -217,8 +233,5 @@ fn reason(error: &reqwest::Error) -> String {
     while let Some(source) = found.source() {
         found = source;
     }
-    match error.is_timeout() {
-        true => "no answer in time".to_owned(),
-        false => found.to_string(),
-    }
+    found.to_string()
 }

@@ -57,8 +57,8 @@ Exit status, of the last cell:
   124  a limit stopped it: fuel, compute time or wall time
   125  Kaa itself could not do its job, or a cell cost a session that isn't wasm's its state and
        there were cells after it, which are not run then
-  130  Ctrl-C
-  143  SIGTERM
+  130  Ctrl-C: the cell and the session are ended before; a second one ends the command at once
+  143  SIGTERM, likewise
 A cell may exit with these numbers too; `kaa run --json` tells them apart.
 
 Environment:

@@ -95,7 +95,7 @@ pub(crate) trait CallCarrier: Send + Sync {
 /// Where a worker gives its calls of language models away, instead of to its supervisor.
 #[derive(Debug, Clone)]
 pub(crate) struct Door {
-    /// The port of a broker (`guest/broker.py`), seen from the worker at 127.0.0.1.
+    /// The port of a broker (`guest/broker/`), seen from the worker at 127.0.0.1.
     pub(crate) port: u16,
     /// What its guests are known by.
     pub(crate) token: Secret,

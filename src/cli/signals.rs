@@ -1,15 +1,20 @@
 //! Signals that want a command to end: Ctrl-C, SIGTERM, and SIGHUP when its terminal goes.
 
 use std::ops::ControlFlow;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kaa::Environment;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::{Ending, Failure};
+use super::{Ending, Failure, exit_code};
 
 /// How long a signal waits for a session that is being made: half of one can't be closed.
 const OPENING_TIME: Duration = Duration::from_secs(15);
+
+/// How long the end of what a dropped opening has made may take.
+const LEAVING_TIME: Duration = Duration::from_secs(5);
+/// Signals that come together are one: a terminal that goes tells everybody, and so does its shell.
+const TOGETHER: Duration = Duration::from_secs(1);
 
 /// From when there is one, these signals no longer end this process by themselves.
 #[derive(Debug)]
@@ -45,6 +50,33 @@ fn ignores_hangup(status: &str) -> bool {
     mask.is_none_or(|mask| mask & 1 != 0)
 }
 
+/// A signal after the first one ends the process at once, whatever it's doing: writing to somebody who
+/// doesn't read, waiting for a session that takes its time. What that leaves, Kaa's next session ends.
+fn insist() {
+    let listening = async {
+        let (interrupts, terminations) =
+            (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+        let (Ok(interrupts), Ok(terminations)) = (interrupts, terminations) else { return };
+        let mut signals = Signals { interrupts, terminations, hangups: None, seen: None };
+        signals.next().await;
+        let first = Instant::now();
+        loop {
+            let ending = signals.next().await;
+            if first.elapsed() > TOGETHER {
+                std::process::exit(exit_code(&Ok(ending)).into());
+            }
+        }
+    };
+    // A thread of its own: that of the command may be in a system call. Without one, signals are heard when
+    // the command gets to it.
+    drop(std::thread::Builder::new().name("signals".into()).spawn(|| {
+        let reactor = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        if let Ok(reactor) = reactor {
+            reactor.block_on(listening);
+        }
+    }));
+}
+
 fn listen(kind: SignalKind, name: &str) -> Result<Signal, Failure> {
     signal(kind).map_err(|e| Failure::Failed(format!("listening for {name}: {e}")))
 }
@@ -57,6 +89,7 @@ impl Signals {
             Ok(status) if !ignores_hangup(&status) => Some(listen(SignalKind::hangup(), "SIGHUP")?),
             _ => None,
         };
+        insist();
         Ok(Self { interrupts: interrupts()?, terminations, hangups, seen: None })
     }
 
@@ -87,8 +120,11 @@ impl Signals {
             opened = &mut opening => return opened.map(ControlFlow::Continue),
             ending = self.next() => ending,
         };
-        if let Ok(Ok(environment)) = tokio::time::timeout(OPENING_TIME, opening).await {
-            environment.close().await?;
+        match tokio::time::timeout(OPENING_TIME, opening).await {
+            Ok(Ok(environment)) => environment.close().await?,
+            Ok(Err(_)) => {}
+            // What it had made ends in tasks of its own, which end with this process.
+            Err(_) => tokio::time::sleep(LEAVING_TIME).await,
         }
         Ok(ControlFlow::Break(ending))
     }

@@ -15,7 +15,7 @@ use super::leftovers::EndGuard;
 use super::options::{self, Carrier, ModalOptions, Network};
 use super::process::SandboxProcess;
 use super::proto::client as wire;
-use super::relay::Relay;
+use super::relay::{self, Relay};
 use super::router::{Command, ProcessExit};
 use super::sandbox::{self, Ground, Sandbox};
 use super::spec::SandboxSpec;
@@ -74,7 +74,6 @@ impl ModalMachine {
     }
 
     fn spec(&self, options: &EnvironmentOptions) -> SandboxSpec {
-        let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES);
         let (ports, network) = match (self.options.carrier, &self.options.network) {
             (Carrier::Stdio, network) => (Vec::new(), network.clone()),
             (Carrier::Broker { port }, Network::Blocked) => {
@@ -82,6 +81,8 @@ impl ModalMachine {
             }
             (Carrier::Broker { port }, network) => (vec![port], network.clone()),
         };
+        let relay = if ports.is_empty() { 0 } else { relay::MEMORY_BYTES };
+        let memory = options.limits.memory_bytes.saturating_add(OWN_BYTES + relay);
         SandboxSpec {
             cpu: self.options.cpu,
             memory_mib: memory.div_ceil(1 << 20).try_into().unwrap_or(u32::MAX),

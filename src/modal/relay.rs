@@ -24,6 +24,11 @@ const LINE_BYTES_MAX: u64 = 4 << 10;
 const END_TIME: Duration = Duration::from_secs(1);
 /// Those who can't be served yet are told so, which takes a connection for a moment.
 const CONNECTIONS_MAX: usize = 1024;
+/// Bytes of calls and of answers that it keeps; and what it takes of the sandbox's memory with them, as
+/// what is on its way is there more than once.
+const REQUESTS_BYTES_MAX: usize = 48 << 20;
+const KEPT_BYTES_MAX: usize = 16 << 20;
+pub(super) const MEMORY_BYTES: u64 = 384 << 20;
 /// A call ends with its cell, which has limits of its own.
 const ANSWER_SECONDS_MAX: u32 = 24 * 60 * 60;
 
@@ -102,6 +107,8 @@ impl Relay {
             "guest_token": self.guest_token.expose(),
             "answer_seconds_max": ANSWER_SECONDS_MAX,
             "connections_max": CONNECTIONS_MAX,
+            "requests_bytes_max": REQUESTS_BYTES_MAX,
+            "kept_bytes_max": KEPT_BYTES_MAX,
         });
         let failed = |reason: String| {
             let what = "the broker in the Modal sandbox";

@@ -112,10 +112,10 @@ impl Router {
     /// # Errors
     ///
     /// The fault of asking for it.
-    pub(super) async fn refresh(&self) -> Result<(), Fault> {
-        let before = self.pass.lock().await.clone();
+    async fn refresh(&self, refused: &AsciiMetadataValue) -> Result<(), Fault> {
         let mut kept = self.pass.lock().await;
-        if *kept != before {
+        // Another call, which was refused at the same time, may have got one.
+        if *kept != *refused {
             return Ok(());
         }
         let access = self.client.access(&self.sandbox, self.sandbox_token.as_deref());
@@ -135,20 +135,27 @@ impl Router {
         F: Future<Output = Result<Response<A>, Status>>,
     {
         let (message, call) = (&message, &call);
+        let pass = self.pass().await;
         let attempt = |attempt: Attempt| async move {
             let request = self.request(message.clone(), attempt.throttled).await;
             call(self.stub(), request).await.map(Response::into_inner)
         };
         match persist(rules, attempt).await {
             Err(fault) if fault.code == Code::Unauthenticated => {
-                self.refresh().await?;
+                self.refresh(&pass).await?;
                 persist(rules, attempt).await.map_err(refused)
             }
             done => done,
         }
     }
 
-    /// Does about the fault of a long call what can be done, and waits for as long as that takes.
+    /// The pass that calls have now.
+    pub(super) async fn pass(&self) -> AsciiMetadataValue {
+        self.pass.lock().await.clone()
+    }
+
+    /// Does about the fault of a long call what can be done, and waits for as long as that takes. The call
+    /// had this pass, or a later one.
     ///
     /// # Errors
     ///
@@ -156,10 +163,11 @@ impl Router {
     pub(super) async fn recover(
         &self,
         persistence: &mut Persistence,
+        pass: &AsciiMetadataValue,
         mut fault: Fault,
     ) -> Result<(), Fault> {
         if fault.code == Code::Unauthenticated && !persistence.is_refreshed {
-            match self.refresh().await {
+            match self.refresh(pass).await {
                 Ok(()) => {
                     persistence.is_refreshed = true;
                     return Ok(());

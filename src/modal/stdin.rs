@@ -91,6 +91,7 @@ impl Stdin {
                 return self.run_in_calls().await;
             }
             let (since, before) = (Instant::now(), self.confirmed);
+            let pass = self.router.pass().await;
             match self.stream().await {
                 StreamEnd::Finished => return Ok(()),
                 StreamEnd::Full => {
@@ -102,7 +103,7 @@ impl Stdin {
                 }
                 StreamEnd::Broken(fault) => {
                     let lasted = since.elapsed();
-                    self.router.recover(&mut persistence, fault).await?;
+                    self.router.recover(&mut persistence, &pass, fault).await?;
                     if self.confirm().await? {
                         return Ok(());
                     }

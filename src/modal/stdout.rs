@@ -30,6 +30,7 @@ impl Output {
         let mut offset = 0;
         loop {
             let (before, mut opened) = (offset, None);
+            let pass = self.router.pass().await;
             let fault = match self.follow(&mut offset, &mut opened).await {
                 Ok(()) => return Ok(()),
                 Err(fault) => fault,
@@ -38,7 +39,7 @@ impl Output {
             if offset > before || lasted.is_some_and(|lasted| lasted > WORKED_TIME) {
                 persistence.progressed();
             }
-            self.router.recover(&mut persistence, fault).await?;
+            self.router.recover(&mut persistence, &pass, fault).await?;
         }
     }
 

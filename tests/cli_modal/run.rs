@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use serde_json::Value as Json;
@@ -261,6 +261,27 @@ fn a_signal_ends_a_sandbox_that_is_being_made() {
         assert_eq!(output.status.code(), Some(code), "{signal}: {stderr}");
         assert!(output.stdout.is_empty(), "{signal}: {stderr}");
         assert_eq!(cloud.all_ended(signal), number + 1);
+    }
+}
+
+/// Who asks twice doesn't wait for whatever takes its time.
+#[test]
+fn a_second_signal_ends_the_command_at_once() {
+    let cloud = Cloud::new();
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        cloud.stand_in.fault("TaskExecStart", Fault::Delay(Duration::from_secs(60)));
+        // What the first round leaves, the second ends.
+        let before: Vec<String> = cloud.running().into_iter().map(|left| left.id).collect();
+        let child = cloud.place.spawn("run", &["print(1)"]);
+        let is_new = || cloud.running().iter().any(|found| !before.contains(&found.id));
+        wait_for("sandbox", || is_new().then_some(()));
+        let since = Instant::now();
+        send(&child, "TERM");
+        std::thread::sleep(Duration::from_millis(1500));
+        send(&child, signal);
+        let output = cloud.place.ended(child);
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output.stderr));
+        assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
     }
 }
 

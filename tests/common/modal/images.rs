@@ -75,6 +75,8 @@ impl Image {
             if is_over {
                 return None;
             }
+            // So that each message is on its way before the next: faults come between them.
+            tokio::task::yield_now().await;
             let news = build.wait_for(|now| now.log.len() > seen || now.result.is_some());
             let message = match tokio::time::timeout_at(deadline, news).await {
                 Err(_) | Ok(Err(_)) => return None,
