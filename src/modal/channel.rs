@@ -103,9 +103,7 @@ pub(super) fn host(url: &str) -> String {
 /// Whether an address is this machine's own.
 pub(super) fn is_loopback(url: &str) -> bool {
     let uri = url.parse::<Uri>().ok();
-    let host = uri.as_ref().and_then(Uri::host).unwrap_or_default();
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    crate::broker::is_loopback(uri.as_ref().and_then(Uri::host).unwrap_or_default())
 }
 
 /// When a token of three parts ends, in seconds of Unix time, if it says so. Its signature is the
