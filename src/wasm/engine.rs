@@ -1,6 +1,7 @@
 //! The wasmtime engine: one configuration for compiling and for running.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use wasmtime::{Config, Engine, OptLevel};
 
@@ -31,7 +32,12 @@ pub enum Metering {
     Off,
     /// wasmtime's fuel: counts, and does nothing else.
     WasmtimeFuel,
+    /// wasmtime's epochs: the guest yields its thread each time 10 ms are over, and nothing else.
+    WasmtimeEpochs,
 }
+
+/// How long an epoch is: what wasmtime's own documentation takes for an example.
+const EPOCH: Duration = Duration::from_millis(10);
 
 impl Metering {
     /// What the images of this metering have behind their names.
@@ -40,6 +46,7 @@ impl Metering {
             Self::Kaa => "",
             Self::Off => ".unmetered",
             Self::WasmtimeFuel => ".wasmtime-fuel",
+            Self::WasmtimeEpochs => ".wasmtime-epochs",
         }
     }
 }
@@ -48,6 +55,7 @@ fn config(metering: Metering) -> Config {
     let mut config = Config::new();
     config
         .consume_fuel(metering == Metering::WasmtimeFuel)
+        .epoch_interruption(metering == Metering::WasmtimeEpochs)
         .wasm_exceptions(true)
         // The checks of the fuel pass hardly ever fire, and it says so.
         .wasm_branch_hinting(true)
@@ -82,6 +90,24 @@ fn config(metering: Metering) -> Config {
 ///
 /// [`Error::Internal`] when the machine's processor or system is one that wasmtime has no support for.
 pub(crate) fn engine(metering: Metering) -> Result<Engine> {
-    Engine::new(&config(metering))
-        .map_err(|e| Error::Internal(format!("starting the Wasm engine: {e:#}")))
+    let engine = Engine::new(&config(metering))
+        .map_err(|e| Error::Internal(format!("starting the Wasm engine: {e:#}")))?;
+    if metering == Metering::WasmtimeEpochs {
+        count_epochs(&engine)?;
+    }
+    Ok(engine)
+}
+
+/// Begins a new epoch again and again, for as long as the engine is there.
+fn count_epochs(engine: &Engine) -> Result<()> {
+    let engine = engine.weak();
+    let count = move || {
+        while let Some(engine) = engine.upgrade() {
+            engine.increment_epoch();
+            drop(engine);
+            std::thread::sleep(EPOCH);
+        }
+    };
+    let thread = std::thread::Builder::new().name("kaa-epochs".into()).spawn(count);
+    thread.map(|_| ()).map_err(|e| Error::io("starting a thread that counts epochs", e))
 }

@@ -336,6 +336,9 @@ impl Session {
         store.limiter(|guest| &mut guest.memory_limit);
         // Refused, and of no meaning, unless wasmtime's fuel is what is being measured.
         let _ = store.set_fuel(u64::MAX);
+        // Likewise of none without epochs, and then the deadline is never looked at.
+        store.epoch_deadline_async_yield_and_update(1);
+        store.set_epoch_deadline(1);
         let pre = &self.start.module;
         // Without a start function nothing in it waits, so that one poll completes it.
         let instance = with_slot(&self.slot, || pre.instantiate_async(&mut store).now_or_never())
