@@ -5,6 +5,8 @@
 //! its public API, as any other user.
 
 mod backend;
+#[cfg(feature = "benchmark")]
+mod bench;
 mod branches;
 mod complete;
 mod completion;
@@ -137,6 +139,10 @@ enum Command {
     /// List and end the sandboxes that sessions have at Modal
     #[command(subcommand)]
     Modal(modal::ModalCommand),
+    /// Measure what isolation costs
+    #[cfg(feature = "benchmark")]
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Say what works on this machine, and why the rest doesn't
     Doctor(Box<doctor::DoctorFlags>),
 }
@@ -235,6 +241,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Snapshot(command) => snapshot::run(command),
         Command::Lm(command) => lm::run(command),
         Command::Modal(command) => modal::run(command),
+        #[cfg(feature = "benchmark")]
+        Command::Bench(command) => bench::run(command),
         Command::Doctor(flags) => doctor::run(*flags),
     };
     if let Err(Failure::Usage(message) | Failure::Failed(message)) = &result {

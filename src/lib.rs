@@ -46,6 +46,8 @@ compile_error!(
 );
 
 mod agent;
+#[cfg(feature = "benchmark")]
+pub mod benchmark;
 pub mod broker;
 mod capture;
 #[cfg(feature = "conformance")]

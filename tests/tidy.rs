@@ -84,6 +84,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
+    ("benchmark", &["error", "environment", "limits", "lm", "rlm"]),
 ];
 
 /// Files outside the layers: the crate's root, the program, and the command line over the public API.
@@ -109,6 +110,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("rustls_platform_verifier", &["lm"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
+    ("plotters", &["benchmark"]),
     ("rustyline", &["cli"]),
 ];
 

@@ -95,6 +95,12 @@ impl DockerFlags {
         ]
     }
 
+    /// Takes this OCI runtime, whatever was typed.
+    #[cfg(feature = "benchmark")]
+    pub(super) fn set_runtime(&mut self, runtime: &str) {
+        self.docker_runtime = Some(runtime.to_owned());
+    }
+
     /// What is meant.
     pub(super) fn resolve(
         self,
@@ -130,6 +136,29 @@ impl DockerFlags {
 }
 
 impl DockerPlan {
+    /// The flags by which another process of this program makes the same containers. Its interpreter is
+    /// `--python`'s matter.
+    #[cfg(feature = "benchmark")]
+    pub(super) fn arguments(&self) -> Vec<String> {
+        let options = &self.0;
+        let network = match &options.network {
+            Network::None => "none",
+            Network::Bridge => "bridge",
+            Network::Named(name) => name,
+        };
+        let pids = options.pids.to_string();
+        let mut arguments: Vec<&str> = vec!["--docker-image", &options.image];
+        arguments.extend(["--docker-host", &options.host.address, "--docker-network", network]);
+        arguments.extend(["--docker-user", &options.user, "--pids", &pids]);
+        if let Some(runtime) = &options.runtime {
+            arguments.extend(["--docker-runtime", runtime]);
+        }
+        if options.allow_missing_limits {
+            arguments.push("--docker-allow-missing-limits");
+        }
+        arguments.into_iter().map(str::to_owned).collect()
+    }
+
     /// Reaches the engine, and pulls the image if it has to be.
     pub(super) async fn connect(&self, progress: ProgressFn<'_>) -> Result<Processes, Failure> {
         let options = &self.0;

@@ -12,7 +12,7 @@ use super::{Ending, Failure, exit_code};
 const OPENING_TIME: Duration = Duration::from_secs(15);
 
 /// How long the end of what a dropped opening has made may take.
-const LEAVING_TIME: Duration = Duration::from_secs(5);
+pub(super) const LEAVING_TIME: Duration = Duration::from_secs(5);
 /// Signals that come together are one: a terminal that goes tells everybody, and so does its shell.
 const TOGETHER: Duration = Duration::from_secs(1);
 

@@ -26,6 +26,9 @@ impl DockerFlags {
         Vec::new()
     }
 
+    #[cfg(feature = "benchmark")]
+    pub(super) fn set_runtime(&mut self, _runtime: &str) {}
+
     /// Says that there are no containers.
     pub(super) fn resolve(
         self,
@@ -38,6 +41,11 @@ impl DockerFlags {
 }
 
 impl DockerPlan {
+    #[cfg(feature = "benchmark")]
+    pub(super) fn arguments(&self) -> Vec<String> {
+        match *self {}
+    }
+
     pub(super) async fn connect(&self, _progress: ProgressFn<'_>) -> Result<Processes, Failure> {
         match *self {}
     }

@@ -1,0 +1,167 @@
+//! What a run found.
+
+use serde::{Deserialize, Serialize};
+
+use super::figure::Figure;
+use super::machine::Machine;
+use super::subject::Facts;
+use super::workload::{CpuPart, Workload};
+use crate::error::{Error, Result};
+
+/// Of what this version writes. A report of another one isn't read.
+const FORMAT: u32 = 1;
+
+/// The figures of a run, with all that is needed to judge them.
+///
+/// As JSON it has all of this; [`markdown`](Self::markdown) and [`plot`](Self::plot) show the medians.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Report {
+    /// The form of this report, 1.
+    pub format: u32,
+    /// Kaa's version.
+    pub kaa: String,
+    /// Whether Kaa was built for speed. Figures of other builds are too high.
+    pub is_release: bool,
+    /// When the run began, in seconds since 1970.
+    pub unix_seconds: u64,
+    /// Where.
+    pub machine: Machine,
+    /// Laps that count.
+    pub laps: u32,
+    /// Who was measured, also those that weren't there.
+    pub subjects: Vec<SubjectReport>,
+    /// At what, those whose isolation counts.
+    pub workloads: Vec<Workload>,
+    /// What was found, by subject and workload.
+    pub cells: Vec<Cell>,
+}
+
+/// Who was measured.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SubjectReport {
+    /// Its name.
+    pub name: String,
+    /// What it's measured for.
+    pub role: Role,
+    /// What it is, if it was there.
+    pub facts: Option<Facts>,
+    /// Why it wasn't there.
+    pub absent: Option<String>,
+}
+
+/// What a subject is measured for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// What isolation costs: all workloads.
+    Isolation,
+    /// What metering costs: the set that computes.
+    Metering,
+}
+
+/// What was found of one subject at one workload.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Cell {
+    /// The subject's name.
+    pub subject: String,
+    /// What it was timed at.
+    pub workload: Workload,
+    /// Samples in the workload's unit: seconds, bytes, or per second.
+    pub figure: Option<Figure>,
+    /// Why there are none.
+    pub missed: Option<String>,
+}
+
+impl SubjectReport {
+    pub(super) fn new(name: String, role: Role) -> Self {
+        Self { name, role, facts: None, absent: None }
+    }
+}
+
+impl Role {
+    /// What a subject is timed at, when these workloads are wanted of those whose isolation counts.
+    pub(super) fn workloads(self, wanted: &[Workload]) -> Vec<Workload> {
+        match self {
+            Self::Isolation => wanted.to_vec(),
+            Self::Metering => CpuPart::ALL.map(Workload::Cpu).to_vec(),
+        }
+    }
+}
+
+impl Report {
+    pub(super) fn new(
+        unix_seconds: u64,
+        machine: Machine,
+        laps: u32,
+        subjects: Vec<SubjectReport>,
+        workloads: Vec<Workload>,
+        cells: Vec<Cell>,
+    ) -> Self {
+        Self {
+            format: FORMAT,
+            kaa: env!("CARGO_PKG_VERSION").into(),
+            is_release: !cfg!(debug_assertions),
+            unix_seconds,
+            machine,
+            laps,
+            subjects,
+            workloads,
+            cells,
+        }
+    }
+
+    /// The report as JSON, with a line feed at its end.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let text = serde_json::to_string_pretty(self);
+        text.expect("a report has nothing that JSON has no form for") + "\n"
+    }
+
+    /// A report that [`to_json`](Self::to_json) wrote.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Incompatible`] when it isn't one.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let wrong = |found: String| Error::Incompatible {
+            what: "the report".into(),
+            expected: format!("one of format {FORMAT}"),
+            found,
+        };
+        let report: Self = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        match report.format {
+            FORMAT => Ok(report),
+            other => Err(wrong(format!("one of format {other}"))),
+        }
+    }
+
+    /// What was found of a subject at a workload.
+    #[must_use]
+    pub fn figure(&self, subject: &str, workload: Workload) -> Option<Figure> {
+        self.cell(subject, workload)?.figure
+    }
+
+    pub(super) fn cell(&self, subject: &str, workload: Workload) -> Option<&Cell> {
+        self.cells.iter().find(|cell| cell.subject == subject && cell.workload == workload)
+    }
+
+    /// Those of a role that were there.
+    pub(super) fn present(&self, role: Role) -> Vec<&SubjectReport> {
+        self.subjects.iter().filter(|s| s.role == role && s.absent.is_none()).collect()
+    }
+
+    /// How often a subject's median is that of another's, for each workload that computes and that both
+    /// have done.
+    pub(super) fn cpu_ratios(&self, subject: &str, base: &str) -> Vec<(Workload, f64)> {
+        let cpu = CpuPart::ALL.into_iter().map(Workload::Cpu);
+        cpu.filter_map(|workload| {
+            let own = self.figure(subject, workload)?.median;
+            let base = self.figure(base, workload)?.median;
+            (base > 0.0 && own > 0.0).then_some((workload, own / base))
+        })
+        .collect()
+    }
+}

@@ -1,0 +1,133 @@
+//! Where a report goes. Files are opened before anything is measured, so that minutes of measuring don't
+//! end with a path that can't be written.
+
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use kaa::benchmark::Report;
+
+use crate::cli::Failure;
+use crate::cli::console::Console;
+use crate::cli::flags::read_text;
+
+const BEGIN: &str = "<!-- kaa bench isolation -->";
+const END: &str = "<!-- /kaa bench isolation -->";
+/// No report and no page of documentation is longer.
+const FILE_BYTES_MAX: u64 = 16 << 20;
+
+/// The files of the flags.
+pub(super) struct Outputs {
+    json: Option<Target>,
+    plot: Option<Target>,
+    markdown: Option<Page>,
+}
+
+struct Target {
+    flag: &'static str,
+    path: PathBuf,
+}
+
+/// A file with the tables in it, and what is around them.
+struct Page {
+    target: Target,
+    before: String,
+    after: String,
+}
+
+/// Reads the report of `--from`.
+pub(super) fn read(path: &Path) -> Result<Report, Failure> {
+    let text = read_text("--from", path, FILE_BYTES_MAX)?;
+    Report::from_json(&text).map_err(|error| Failure::usage("--from", error))
+}
+
+impl Outputs {
+    pub(super) fn open(
+        json: Option<PathBuf>,
+        plot: Option<PathBuf>,
+        markdown: Option<PathBuf>,
+    ) -> Result<Self, Failure> {
+        let target = |flag, path: Option<PathBuf>| path.map(|p| Target::open(flag, p)).transpose();
+        let markdown = match target("--markdown", markdown)? {
+            Some(target) => Some(Page::open(target)?),
+            None => None,
+        };
+        Ok(Self { json: target("--json", json)?, plot: target("--plot", plot)?, markdown })
+    }
+
+    /// Writes the files, and the table to stdout.
+    pub(super) fn write(&self, report: &Report, console: Console) -> Result<(), Failure> {
+        if let Some(target) = &self.json {
+            target.write(&report.to_json())?;
+        }
+        if let Some(target) = &self.plot {
+            let svg = report.plot().map_err(|error| Failure::usage(target.flag, error))?;
+            target.write(&svg)?;
+        }
+        let tables = report.markdown();
+        if let Some(Page { target, before, after }) = &self.markdown {
+            target.write(&format!("{before}{BEGIN}\n\n{tables}\n{END}{after}"))?;
+        }
+        console.line(tables.trim_end())
+    }
+}
+
+impl Target {
+    /// Makes sure that it can be written, without changing what is in it.
+    fn open(flag: &'static str, path: PathBuf) -> Result<Self, Failure> {
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        file.map_err(|error| Failure::usage(flag, format!("{}: {error}", path.display())))?;
+        Ok(Self { flag, path })
+    }
+
+    fn write(&self, text: &str) -> Result<(), Failure> {
+        fs::write(&self.path, text)
+            .map_err(|error| Failure::usage(self.flag, format!("{}: {error}", self.path.display())))
+    }
+}
+
+impl Page {
+    fn open(target: Target) -> Result<Self, Failure> {
+        let text = read_text(target.flag, &target.path, FILE_BYTES_MAX)?;
+        if text.trim().is_empty() {
+            return Ok(Self { target, before: String::new(), after: "\n".into() });
+        }
+        let parts = text.split_once(BEGIN).and_then(|(before, rest)| {
+            let (_, after) = rest.split_once(END)?;
+            Some((before.to_owned(), after.to_owned()))
+        });
+        let (before, after) = parts.ok_or_else(|| {
+            let reason = format!(
+                "{} has something else in it; name a new file, or put the lines `{BEGIN}` and `{END}` \
+                 where the tables belong",
+                target.path.display()
+            );
+            Failure::usage(target.flag, reason)
+        })?;
+        Ok(Self { target, before, after })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(text: &str) -> Result<Page, Failure> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("page.md");
+        fs::write(&path, text).unwrap();
+        Page::open(Target::open("--markdown", path)?)
+    }
+
+    #[test]
+    fn tables_go_between_the_marks_and_nowhere_else() {
+        let found = page(&format!("a\n{BEGIN}\nold\n{END}\nb\n")).ok().expect("it has marks");
+        assert_eq!((&*found.before, &*found.after), ("a\n", "\nb\n"));
+        assert!(page("").is_ok());
+        for text in ["a page", BEGIN, END, &format!("{END}{BEGIN}")] {
+            match page(text) {
+                Err(Failure::Usage(reason)) => assert!(reason.contains(BEGIN), "{reason}"),
+                _ => panic!("{text} is no page for a table"),
+            }
+        }
+    }
+}
