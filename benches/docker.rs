@@ -3,6 +3,8 @@
 //!
 //! `cargo bench --bench docker [-- ROUNDS]`. Medians of interleaved rounds; needs a Docker engine.
 
+#[path = "common/cells.rs"]
+mod cells;
 #[path = "../tests/common/docker.rs"]
 mod lab;
 
@@ -15,9 +17,10 @@ use bollard::Docker;
 use bollard::models::{ContainerCreateBody, HostConfig, HostConfigLogConfig};
 use bollard::query_parameters::{AttachContainerOptions, RemoveContainerOptions};
 use futures_util::StreamExt;
+use kaa::benchmark::Figure;
 use kaa::docker::DockerBackend;
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest};
-use kaa::{Backend, Context, Environment, EnvironmentExt, EnvironmentOptions, Limits, Outcome};
+use kaa::{Backend, Context, EnvironmentExt, EnvironmentOptions, Limits};
 
 const IMAGE: &str = "python:3.11-slim";
 const CONTEXT_BYTES: usize = 100_000_000;
@@ -81,20 +84,9 @@ async fn session(backend: &DockerBackend) -> (Duration, Duration) {
     (elapsed, since.elapsed())
 }
 
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1000.0
-}
-
-async fn cells(session: &mut Box<dyn Environment>, code: &str, rounds: usize) -> f64 {
-    let mut times = Vec::new();
-    for _ in 0..rounds {
-        let since = Instant::now();
-        let execution = session.execute(code).await.unwrap();
-        times.push(since.elapsed());
-        assert_eq!(execution.outcome, Outcome::Completed, "{}", execution.stderr.text());
-    }
-    median(times)
+fn median(times: Vec<Duration>) -> f64 {
+    let times: Vec<f64> = times.iter().map(|time| time.as_secs_f64() * 1000.0).collect();
+    Figure::of(&times).expect("there is a round").median
 }
 
 #[tokio::main]
@@ -125,8 +117,9 @@ async fn main() {
     let options =
         EnvironmentOptions { limits, lm: Some(Arc::new(Instantly)), ..Default::default() };
     let mut session = backend.open(options).await.unwrap();
-    let cell = cells(&mut session, "x = 1", rounds * 20).await;
-    let one = cells(&mut session, "for _ in range(100): llm_query('a')", rounds).await;
+    let cell = cells::milliseconds(&mut session, "x = 1", rounds * 20).await;
+    let one =
+        cells::milliseconds(&mut session, "for _ in range(100): llm_query('a')", rounds).await;
     println!("cell: {cell:.3} ms; llm_query: {:.3} ms", (one - cell) / 100.0);
     let text = Context::Text(vec![b'a'; CONTEXT_BYTES]);
     let since = Instant::now();

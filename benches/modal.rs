@@ -3,6 +3,8 @@
 //!
 //! `cargo bench --bench modal [-- MILLISECONDS]`, 80 by default.
 
+#[path = "common/cells.rs"]
+mod cells;
 #[path = "../tests/common/modal.rs"]
 mod cloud;
 
@@ -13,7 +15,7 @@ use async_trait::async_trait;
 use cloud::{StandIn, StandInOptions};
 use kaa::lm::{LmCompletion, LmError, LmHandler, LmRequest};
 use kaa::modal::{Carrier, ModalBackend, ModalOptions};
-use kaa::{Backend, Context, Environment, EnvironmentExt, EnvironmentOptions, Limits, Outcome};
+use kaa::{Backend, Context, EnvironmentExt, EnvironmentOptions, Limits};
 
 const CONTEXT_BYTES: usize = 100_000_000;
 const ROUNDS: usize = 20;
@@ -28,18 +30,6 @@ impl LmHandler for Slow {
         tokio::time::sleep(Duration::from_millis(millis)).await;
         Ok(LmCompletion { response: "yes".into(), ..LmCompletion::default() })
     }
-}
-
-async fn timed(session: &mut Box<dyn Environment>, code: &str, rounds: usize) -> f64 {
-    let mut times = Vec::new();
-    for _ in 0..rounds {
-        let since = Instant::now();
-        let execution = session.execute(code).await.unwrap();
-        times.push(since.elapsed());
-        assert_eq!(execution.outcome, Outcome::Completed, "{}", execution.stderr.text());
-    }
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1000.0
 }
 
 #[tokio::main]
@@ -74,8 +64,8 @@ async fn measure(stand_in: &StandIn, carrier: Carrier, millis: u64) {
         trips(ms(opened))
     );
 
-    let cell = timed(&mut session, "x = 1", ROUNDS).await;
-    let ten = timed(&mut session, "for _ in range(10): llm_query('0')", 5).await;
+    let cell = cells::milliseconds(&mut session, "x = 1", ROUNDS).await;
+    let ten = cells::milliseconds(&mut session, "for _ in range(10): llm_query('0')", 5).await;
     let call = (ten - cell) / 10.0;
     println!(
         "cell: {cell:.1} ms, {:.2} trips; llm_query: {call:.1} ms, {:.2} trips",
@@ -84,7 +74,7 @@ async fn measure(stand_in: &StandIn, carrier: Carrier, millis: u64) {
     );
     let four = "from concurrent.futures import ThreadPoolExecutor as Pool\n\
                 with Pool(4) as pool: list(pool.map(llm_query, ['500'] * 4))";
-    let four = timed(&mut session, four, 3).await - cell;
+    let four = cells::milliseconds(&mut session, four, 3).await - cell;
     println!("four llm_query of 500 ms in parallel: {four:.0} ms");
     let text = Context::Text(vec![b'a'; CONTEXT_BYTES]);
     let since = Instant::now();

@@ -3,6 +3,9 @@
 //! The failures guarded against: a sandbox that outlives its command and is paid for, a flag that doesn't
 //! arrive, somebody else's sandbox that is ended, a token that is shown.
 
+#[cfg(feature = "benchmark")]
+#[path = "cli_modal/bench.rs"]
+mod bench;
 #[path = "common/modal.rs"]
 mod cloud;
 #[path = "cli_modal/doctor.rs"]

@@ -27,6 +27,7 @@ pub(super) async fn all(report: &mut Report) {
     forks(report, runtime).await;
     contexts(report, runtime).await;
     memory(report, runtime).await;
+    fuel(report, runtime).await;
 }
 
 const FRAME: &str = "import pandas as pd\nprint(pd.DataFrame({'a': [1, 2]})['a'].sum())";
@@ -191,4 +192,21 @@ async fn memory(report: &mut Report, runtime: &Runtime) {
         sessions.push(session);
     }
     report.note(figure, "MiB", &mut samples, Some((0.8, 1)));
+}
+
+/// What a unit of fuel is worth, of which `src/wasm/budget.rs` makes slices.
+async fn fuel(report: &mut Report, runtime: &Runtime) {
+    let figure = "fuel per millisecond of computing";
+    if !report.wants(figure) {
+        return;
+    }
+    let mut session = session(runtime, &common::image("base"));
+    let cell = "n = 0\nfor i in range(400_000): n = (n * 31 + i) % 1_000_003";
+    let mut samples = Vec::new();
+    for _ in 0..20 {
+        let usage = session.execute(cell).await.unwrap().usage;
+        let fuel = usage.fuel.expect("it's counted") as f64;
+        samples.push(fuel / milliseconds(usage.compute) / 1e6);
+    }
+    report.note(figure, "M", &mut samples[4..], None);
 }

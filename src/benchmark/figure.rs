@@ -42,7 +42,7 @@ impl Figure {
         let at = |part: f64| {
             let place = (sorted.len() - 1) as f64 * part;
             let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-            below + (above - below) * place.fract()
+            rounded(below + (above - below) * place.fract())
         };
         Some(Self {
             samples: sorted.len(),
@@ -65,6 +65,11 @@ impl Figure {
             number(self.p90)
         )
     }
+}
+
+/// To six digits: no sample is worth more, and JSON gives back exactly what it was given.
+fn rounded(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 /// A value with its unit: `131 µs`.

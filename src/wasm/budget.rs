@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::meter::FLOOR_DEFAULT;
 use crate::limits::{Limit, Limits, Usage};
 
-/// Fuel of one slice: about a millisecond of guest time (`cargo bench --bench cpu` prints the rate).
+/// Fuel of one slice: about a millisecond of guest time (`cargo bench --bench sessions -- fuel` prints the rate).
 /// Between two slices a session can neither be stopped nor yield its thread.
 pub(crate) const SLICE_FUEL: i64 = 16_000_000;
 

@@ -67,6 +67,7 @@ pub(super) fn suite(
     let laps = flags.laps;
     let display = Display::new(console);
     let maker = Maker { flags, console, display, reactor, kaa };
+    maker.check(&columns)?;
     let mut suite = Suite::default().workloads(wanted.workloads.iter().copied()).laps(laps);
     let mut seen = Vec::new();
     for column in columns.into_iter().filter(|_| !wanted.workloads.is_empty()) {
@@ -122,6 +123,19 @@ fn cold(more: impl IntoIterator<Item = String>) -> Vec<String> {
 }
 
 impl Maker<'_> {
+    /// Refuses flags that are wrong, before minutes go into what comes first.
+    fn check(&self, columns: &[Column]) -> Result<(), Failure> {
+        let flags = &self.flags;
+        if columns.contains(&Column::Docker) && docker::CAPABILITIES.is_some() {
+            match flags.docker.clone().resolve(flags.python.clone(), None, None) {
+                // That there is no engine is a finding.
+                Ok(_) | Err(Failure::Failed(_)) => {}
+                Err(wrong) => return Err(wrong),
+            }
+        }
+        Ok(())
+    }
+
     fn local(&self) -> kaa::LocalOptions {
         local_options(self.flags.python.clone(), None)
     }
