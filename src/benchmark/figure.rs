@@ -92,8 +92,9 @@ fn scale(value: f64, unit: Unit) -> (f64, &'static str) {
             _ => (1.0, "s"),
         },
         Unit::Bytes => match value {
-            ..1_048_576.0 => (1.0 / 1_024.0, "KiB"),
-            _ => (1.0 / 1_048_576.0, "MiB"),
+            ..1e3 => (1.0, "B"),
+            ..1e6 => (1e-3, "kB"),
+            _ => (1e-6, "MB"),
         },
         Unit::PerSecond => (1.0, ""),
     }
@@ -138,8 +139,9 @@ mod tests {
             (1.31e-4, Unit::Seconds, "131 µs"),
             (0.0051, Unit::Seconds, "5.10 ms"),
             (2.5, Unit::Seconds, "2.50 s"),
-            (540_000.0, Unit::Bytes, "527 KiB"),
-            (12_582_912.0, Unit::Bytes, "12.0 MiB"),
+            (200.0, Unit::Bytes, "200 B"),
+            (540_000.0, Unit::Bytes, "540 kB"),
+            (12_582_912.0, Unit::Bytes, "12.6 MB"),
             (9_812.4, Unit::PerSecond, "9,812"),
             (1_234_567.0, Unit::PerSecond, "1,234,567"),
             (3.456, Unit::PerSecond, "3.46"),

@@ -159,6 +159,12 @@ impl DockerPlan {
         arguments.into_iter().map(str::to_owned).collect()
     }
 
+    /// What engine it is, and its version.
+    #[cfg(feature = "benchmark")]
+    pub(super) async fn engine(&self) -> Result<String, Failure> {
+        Ok(ask(&self.0.host, &self.0.image).await?.engine)
+    }
+
     /// Reaches the engine, and pulls the image if it has to be.
     pub(super) async fn connect(&self, progress: ProgressFn<'_>) -> Result<Processes, Failure> {
         let options = &self.0;

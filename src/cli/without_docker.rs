@@ -46,6 +46,11 @@ impl DockerPlan {
         match *self {}
     }
 
+    #[cfg(feature = "benchmark")]
+    pub(super) async fn engine(&self) -> Result<String, Failure> {
+        match *self {}
+    }
+
     pub(super) async fn connect(&self, _progress: ProgressFn<'_>) -> Result<Processes, Failure> {
         match *self {}
     }

@@ -40,6 +40,9 @@ pub(super) enum Column {
     Modal,
 }
 
+/// With which versions this program was built.
+const LOCK: &str = include_str!("../../../Cargo.lock");
+
 /// What columns are made with.
 struct Maker<'a> {
     flags: IsolationFlags,
@@ -122,6 +125,12 @@ fn cold(more: impl IntoIterator<Item = String>) -> Vec<String> {
     arguments
 }
 
+/// The version of wasmtime that this program was built with.
+fn wasmtime() -> &'static str {
+    let entry = LOCK.split_once("name = \"wasmtime\"\nversion = \"").map(|(_, rest)| rest);
+    entry.and_then(|rest| rest.split('"').next()).unwrap_or_default()
+}
+
 impl Maker<'_> {
     /// Refuses flags that are wrong, before minutes go into what comes first.
     fn check(&self, columns: &[Column]) -> Result<(), Failure> {
@@ -164,13 +173,10 @@ impl Maker<'_> {
 
     fn wasm(&self, name: &str) -> Result<Sessions, Failure> {
         let runtime = Arc::new(Runtime::open(session::store()?)?);
-        let sessions = Sessions::new(
-            name,
-            "WebAssembly, in the process of the host",
-            self.sessions_of(&runtime, IMAGE)?,
-        );
+        let cells = self.sessions_of(&runtime, IMAGE)?;
         let cpu = self.sessions_of(&runtime, CPU_IMAGE)?;
-        Ok(sessions.cpu(cpu).cold(&self.kaa, cold([])))
+        let what = format!("WebAssembly in the process of the host, wasmtime {}", wasmtime());
+        Ok(Sessions::new(name, what, cells).cpu(cpu).cold(&self.kaa, cold([])))
     }
 
     fn docker(&self, name: &str, runtime: Option<&str>) -> Result<Sessions, Failure> {
@@ -187,7 +193,9 @@ impl Maker<'_> {
         let progress = |report| self.display.show(report);
         let connecting = plan.connect(&progress);
         let processes = self.reactor.block_on(connecting)?;
-        Ok(Sessions::new(name, processes.what, processes.backend).cold(&self.kaa, cold(arguments)))
+        let engine = self.reactor.block_on(plan.engine())?;
+        let what = format!("{}, {engine}", processes.what);
+        Ok(Sessions::new(name, what, processes.backend).cold(&self.kaa, cold(arguments)))
     }
 
     fn modal(&self, name: &str) -> Result<Sessions, Failure> {
@@ -209,5 +217,13 @@ impl Maker<'_> {
         let backend = self.sessions_of(&runtime, CPU_IMAGE)?;
         // What isn't metered can't be limited.
         Ok(Sessions::new(name, "WebAssembly", backend).limits(Limits::unlimited()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_of_wasmtime_is_known() {
+        assert!(super::wasmtime().starts_with("48."), "{}", super::wasmtime());
     }
 }
