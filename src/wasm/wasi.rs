@@ -1,6 +1,8 @@
 //! WASI as a session gets it: wasmtime-wasi, with Kaa in front where a limit or a route applies.
 
 mod paths;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -151,6 +153,22 @@ fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
             Box::new(async move {
                 let (mut memory, guest) = parts(&mut caller)?;
                 preview1::fd_readdir(&mut guest.wasi, &mut memory, fd, buf, len, cookie, out).await
+            })
+        },
+    )?;
+    linker.func_wrap_async(MODULE, "fd_sync", |mut caller: Caller<'_, Guest>, (fd,): (i32,)| {
+        Box::new(async move {
+            let (mut memory, guest) = parts(&mut caller)?;
+            preview1::fd_sync(&mut guest.wasi, &mut memory, fd).await
+        })
+    })?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_datasync",
+        |mut caller: Caller<'_, Guest>, (fd,): (i32,)| {
+            Box::new(async move {
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_datasync(&mut guest.wasi, &mut memory, fd).await
             })
         },
     )?;
