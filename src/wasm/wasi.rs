@@ -34,6 +34,18 @@ const IOVECS_MAX: u32 = 1024;
 /// Fuel of a random byte of a session with a seed, which is the thirty-second part of a hash.
 const SEEDED_BYTE_FUEL: u64 = 64;
 
+/// Guest paths below which everything is the session's own.
+const OWN_PATHS: &[&str] = &["/tmp/", "/usr/local/lib/"];
+
+/// Whether the guest's C library hands on paths that lead to a mount there: it looks for its own directories
+/// first, and what is written in two ways is found in one of them only.
+fn is_reachable(guest: &str) -> bool {
+    let plain = guest.trim_end_matches('/');
+    let mut parts = plain.split('/').skip(1);
+    parts.all(|part| !matches!(part, "" | "."))
+        && !OWN_PATHS.iter().any(|own| plain.starts_with(own))
+}
+
 /// Where a session's directories lie on the host.
 pub(crate) struct Directories<'host> {
     /// Holds the standard library's zip.
@@ -48,13 +60,18 @@ pub(crate) struct Directories<'host> {
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] naming a mount whose host directory can't be opened.
+/// [`Error::Invalid`] naming a mount whose host directory can't be opened, or that would not be found.
 pub(crate) fn context(
     directories: &Directories<'_>,
     policy: &Policy,
     clock: Option<&Arc<VirtualClock>>,
     random: Option<&Arc<SeededRandom>>,
 ) -> crate::error::Result<WasiP1Ctx> {
+    if let Some(mount) = policy.mounts.iter().find(|mount| !is_reachable(&mount.guest)) {
+        let reason =
+            "choose a guest path outside of /tmp and /usr/local/lib, without `.` or `//` in it";
+        return Err(Error::invalid(format!("mount at `{}`", mount.guest), reason));
+    }
     let mut builder = WasiCtxBuilder::new();
     builder
         .arg("/usr/local/bin/python.wasm")

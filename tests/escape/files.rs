@@ -211,6 +211,11 @@ async fn policies_that_cannot_be_are_refused_by_name() {
         (Policy { mounts: vec![mount("/")], ..Policy::default() }, "mount at `/`"),
         (Policy { mounts: vec![mount("/a/../tmp")], ..Policy::default() }, "`..`"),
         (Policy { mounts: vec![mount("/a\0b")], ..Policy::default() }, "NUL"),
+        // The session's own directories would hide these.
+        (Policy { mounts: vec![mount("/tmp/x")], ..Policy::default() }, "mount at `/tmp/x`"),
+        (Policy { mounts: vec![mount("/usr/local/lib/x/")], ..Policy::default() }, "outside of"),
+        (Policy { mounts: vec![mount("/a//b")], ..Policy::default() }, "`//`"),
+        (Policy { mounts: vec![mount("/a/./b")], ..Policy::default() }, "mount at `/a/./b`"),
         (Policy { mounts: vec![mount("/a"), mount("/a")], ..Policy::default() }, "two mounts"),
         (
             Policy {

@@ -164,24 +164,28 @@ async fn an_image_that_was_tampered_with_is_refused_or_made_anew() {
     copied.open().unwrap().verify("base").unwrap();
 }
 
+/// What is done to the directory of the compiled guest.
+type CodeHarm = (&'static str, fn(&Path));
+
+const CODE_HARM: &[CodeHarm] = &[
+    ("cut", |path| replace(&path.join("python.cwasm"), |bytes| bytes.truncate(1 << 20))),
+    ("linked", |path| link_away(&path.join("python.cwasm"))),
+    ("open to all", |path| open_to_all(path)),
+    ("library linked", |path| link_away(&path.join("lib/python315.zip"))),
+    ("library gone", |path| fs::remove_file(path.join("lib/python315.zip")).unwrap()),
+    ("manifest", |path| {
+        in_manifest(&path.join("module.json"), "\"key\"", "\"key\":\"00\",\"kay\"")
+    }),
+    ("path", |path| in_manifest(&path.join("module.json"), "python.cwasm", "../python.cwasm")),
+    ("no artifact", |path| {
+        replace(&path.join("python.cwasm"), |bytes| bytes[..64].fill(0x90));
+    }),
+];
+
 /// An artifact is native code: nothing but what the store's own rules allow is ever loaded.
 #[test]
 fn code_that_was_tampered_with_is_not_loaded() {
-    let harm: &[(&str, fn(&Path))] = &[
-        ("cut", |path| replace(&path.join("python.cwasm"), |bytes| bytes.truncate(1 << 20))),
-        ("linked", |path| link_away(&path.join("python.cwasm"))),
-        ("open to all", |path| open_to_all(path)),
-        ("library linked", |path| link_away(&path.join("lib/python315.zip"))),
-        ("library gone", |path| fs::remove_file(path.join("lib/python315.zip")).unwrap()),
-        ("manifest", |path| {
-            in_manifest(&path.join("module.json"), "\"key\"", "\"key\":\"00\",\"kay\"")
-        }),
-        ("path", |path| in_manifest(&path.join("module.json"), "python.cwasm", "../python.cwasm")),
-        ("no artifact", |path| {
-            replace(&path.join("python.cwasm"), |bytes| bytes[..64].fill(0x90));
-        }),
-    ];
-    for (what, harm) in harm {
+    for (what, harm) in CODE_HARM {
         let copied = Copied::new();
         assert!(Runtime::open(copied.open().unwrap()).unwrap().is_set_up(), "before: {what}");
         harm(&copied.only("modules"));

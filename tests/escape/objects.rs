@@ -434,8 +434,8 @@ const HOOKS: &[(&str, &str)] = &[
 
 fn limits() -> Limits {
     Limits {
-        compute: Duration::from_millis(400),
-        wall: Duration::from_millis(800),
+        compute: Duration::from_millis(800),
+        wall: Duration::from_millis(1600),
         grace: Duration::from_millis(150),
         memory_bytes: 256 << 20,
         ..Limits::default()

@@ -1,6 +1,6 @@
 //! What a guest writes is orders to a terminal, and lines to a log: through the program neither comes to pass.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -15,6 +15,25 @@ const ORDERS: &str = r"'\x1b[2J\x1b[31mred\x1b]0;title\x07\x1b]52;c;AAAA\x1b\\ \
 /// Runs a command on a terminal, and copies what it writes there.
 const ON_TERMINAL: &str = "import os, pty, sys
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:], lambda fd: os.read(fd, 65536), lambda fd: b'')))";
+
+/// Types lines, each when nothing more comes.
+const TYPED: &str = r"import os, pty, select, sys
+lines = sys.stdin.read().splitlines()
+pid, fd = pty.fork()
+if pid == 0:
+    os.execvp(sys.argv[1], sys.argv[1:])
+while True:
+    if not select.select([fd], [], [], 0.3)[0]:
+        if lines:
+            os.write(fd, lines.pop(0).encode() + b'\r')
+        continue
+    try:
+        part = os.read(fd, 65536)
+    except OSError:
+        break
+    sys.stdout.buffer.write(part)
+sys.stdout.buffer.flush()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))";
 
 /// Name, and a cell that says the orders in its own way.
 const CELLS: &[(&str, &str)] = &[
@@ -48,17 +67,16 @@ fn cell(code: &str) -> String {
 }
 
 fn kaa(directory: &Path, launcher: &[&str], args: &[&str]) -> Output {
+    program(directory, launcher, args).stdin(Stdio::null()).output().unwrap()
+}
+
+fn program(directory: &Path, launcher: &[&str], args: &[&str]) -> Command {
     image("base");
     let mut line = launcher.iter().copied().chain([env!("CARGO_BIN_EXE_kaa")]);
-    Command::new(line.next().unwrap())
-        .args(line)
-        .args(args)
-        .current_dir(directory)
-        .env("KAA_CACHE", store_root())
-        .env("TERM", "xterm")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap()
+    let mut command = Command::new(line.next().unwrap());
+    command.args(line).args(args).current_dir(directory);
+    command.env("KAA_CACHE", store_root()).env("TERM", "xterm");
+    command
 }
 
 /// What of it a terminal would obey.
@@ -111,6 +129,36 @@ fn a_terminal_gets_no_orders_from_a_cell() {
     let seen = kaa(directory.path(), &terminal, &["run", "-c", &cell("print(ORDERS)")]);
     let seen = String::from_utf8_lossy(&seen.stdout).into_owned();
     assert!(seen.contains(r"^[[2J^[[31mred^[]0;title^G") && seen.contains(r"\u{202e}"), "{seen}");
+}
+
+/// The line editor has orders of its own for the terminal, which are none of these.
+#[test]
+fn a_terminal_gets_no_orders_from_a_session_that_is_typed_into() {
+    let directory = tempfile::tempdir().unwrap();
+    let lines = [
+        &format!("O = {ORDERS}"),
+        "import sys; print(O); print(O, file=sys.stderr)",
+        "O + ''",
+        "globals()[O] = type(O, (), {})()",
+        "raise type(O, (Exception,), {})(O)",
+        "f = open('/tmp/\\x1b[31m\\x9b2J', 'w')",
+        ":vars",
+        ":fork",
+        ":quit",
+    ];
+    fs::write(directory.path().join("lines"), lines.join("\n")).unwrap();
+    let typed = File::open(directory.path().join("lines")).unwrap();
+    let launcher = ["python3", "-c", TYPED];
+    let output = program(directory.path(), &launcher, &["repl"]).stdin(typed).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    for order in
+        ["\x1b[31m", "\x1b[2J", "\x1b]", "\x05", "\x0e", "\u{9b}", "\u{9d}", "\u{202e}", "\u{2028}"]
+    {
+        assert!(!text.contains(order), "{order:?} in {text:?}");
+    }
+    // It came to everything: what is printed, values, exceptions, names, and a complaint.
+    assert!(text.matches("^[[31mred").count() >= 4 && text.contains("files open"), "{text}");
 }
 
 #[test]
