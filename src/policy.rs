@@ -7,9 +7,11 @@ use crate::error::{Error, Result};
 /// A host directory that the guest sees.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// The directory on the host. Symbolic links in it can't lead out of it.
+    /// The directory on the host. Symbolic links in it can't lead out of it; pipes and devices in it can't be
+    /// opened in Wasm.
     pub host: PathBuf,
-    /// The absolute path at which the guest sees it.
+    /// The absolute path at which the guest sees it: in Wasm none below `/tmp` and `/usr/local/lib`, which are
+    /// the session's own.
     pub guest: String,
     /// Whether the guest may write; what it writes counts into `Limits::disk_bytes`.
     pub writable: bool,

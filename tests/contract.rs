@@ -335,3 +335,19 @@ fn a_session_may_move_to_another_executor() {
         executor().block_on(async { print(&mut session, "print(len(x), len(parts))").await });
     assert_eq!(text, "20000000 2000\n");
 }
+
+#[tokio::test]
+async fn what_an_image_holds_is_immortal() {
+    let mut session = session();
+    let code = "
+import gc, json, sys, __main__
+held = [json, json.loads, json.loads.__code__, json.loads.__code__.co_consts, __main__, llm_query, {}.get, list]
+print([sys._is_immortal(value) for value in held], sys._is_immortal(held))
+gc.unfreeze(), gc.collect(), gc.collect()
+print(json.loads('[1]'), llm_query)
+";
+    let seen = print(&mut session, code).await;
+    let expected = "[True, True, True, True, True, True, False, True] False\n[1] <function ";
+    assert!(seen.starts_with(expected), "{seen}");
+    assert_eq!(print(&mut session, "print(json.dumps(dict(a=1)))").await, "{\"a\": 1}\n");
+}

@@ -256,3 +256,32 @@ fn nothing_is_left_open() {
         );
     }
 }
+
+/// Every test that the README's tables of threats name is there: the file, and the functions after it.
+#[test]
+fn threats_have_the_tests_that_they_name() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let section = readme.split("\n## ").find(|part| part.starts_with("Threats\n")).unwrap();
+    let (mut wrong, mut named) = (Vec::new(), 0);
+    for row in section.lines().filter(|line| line.starts_with("| ")) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").collect();
+        assert_eq!(cells.len(), 3, "{row}");
+        let mut text = String::new();
+        for name in cells[2].split('`').skip(1).step_by(2) {
+            if !name.contains('/') {
+                if !text.contains(&format!("fn {name}(")) {
+                    wrong.push(format!("{row}\nhas no function {name}"));
+                }
+                continue;
+            }
+            named += 1;
+            match fs::read_to_string(root.join(name)) {
+                Ok(found) => text = found,
+                Err(_) => wrong.push(format!("{row}\nhas no file {name}")),
+            }
+        }
+    }
+    assert!(named > 40, "the tables name {named} files");
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}

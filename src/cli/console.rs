@@ -85,8 +85,8 @@ pub(super) fn excerpt(text: &str) -> String {
     shown
 }
 
-/// Text for a terminal: control characters other than newline and tab as `^X` or `\xNN`, what isn't
-/// UTF-8 as U+FFFD.
+/// Text for a terminal: control characters other than newline and tab as `^X` or `\xNN`, those that turn
+/// the direction of writing or end a line elsewhere as `\u{NNNN}`, what isn't UTF-8 as U+FFFD.
 fn visible(bytes: &[u8]) -> Cow<'_, [u8]> {
     let plain = |byte: &u8| matches!(byte, b'\n' | b'\t' | b' '..=b'~');
     if bytes.iter().all(plain) {
@@ -103,6 +103,14 @@ fn visible(bytes: &[u8]) -> Cow<'_, [u8]> {
             // Some terminals take these for two-byte escape sequences.
             '\u{80}'..='\u{9f}' => {
                 let _ = write!(shown, "\\x{:02x}", c as u32);
+            }
+            // With these a line looks like another one than it is.
+            '\u{61c}'
+            | '\u{200e}'
+            | '\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}' => {
+                shown.extend(c.escape_unicode());
             }
             _ => shown.push(c),
         }
@@ -136,6 +144,7 @@ mod tests {
             (b"\x1b[2J\x1b]0;title\x07", "^[[2J^[]0;title^G"),
             (b"a\rb\x7f\0", "a^Mb^?^@"),
             ("\u{9b}31m \u{e9}".as_bytes(), "\\x9b31m \u{e9}"),
+            ("a\u{202e}b\u{2066}".as_bytes(), r"a\u{202e}b\u{2066}"),
             (b"\xff", "\u{fffd}"),
         ] {
             assert_eq!(visible(bytes), shown.as_bytes());

@@ -5,6 +5,7 @@
 //! their short `repr`, the context is in the first block only, and that with its first characters;
 //! long texts are cut.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -142,7 +143,7 @@ impl Trajectory {
     /// After a failure nothing more is written: a gap would look like a turn that never was.
     fn write(&mut self, kind: &str, entry: Json) -> io::Result<()> {
         let Some((_, file)) = &mut self.file else { return Ok(()) };
-        let mut line = stamped(kind, entry).to_string();
+        let mut line = ascii(&stamped(kind, entry).to_string());
         line.push('\n');
         let written = file.write_all(line.as_bytes());
         if written.is_err() {
@@ -160,6 +161,22 @@ fn stamped(kind: &str, mut entry: Json) -> Json {
     entry["type"] = kind.into();
     entry["timestamp"] = now().strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string().into();
     entry
+}
+
+/// JSON without anything but ASCII, as Python writes it: there are characters that a terminal obeys, and
+/// whoever looks at a log may have it on one.
+fn ascii(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c {
+            ' '..='~' => text.push(c),
+            // Nothing of the kind is ever outside of a string.
+            _ => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
+                let _ = write!(text, "\\u{unit:04x}");
+            }),
+        }
+    }
+    text
 }
 
 fn is_context(name: &str) -> bool {

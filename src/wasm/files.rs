@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, DirBuilder, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -372,9 +372,19 @@ impl Files {
         self.orphans |= !self.open.is_empty();
     }
 
+    /// Whether a descriptor leads into a mount.
+    pub(crate) fn is_mount(&self, fd: u32) -> bool {
+        self.mount_fds.contains(&fd)
+    }
+
+    /// What the scratch directory may hold, in bytes.
+    pub(crate) fn bytes_max(&self) -> u64 {
+        self.bytes_max
+    }
+
     /// Whether two directories are charged differently: nothing may move between them.
     pub(crate) fn are_apart(&self, one: u32, other: u32) -> bool {
-        self.mount_fds.contains(&one) != self.mount_fds.contains(&other)
+        self.is_mount(one) != self.is_mount(other)
     }
 
     /// Where a path goes on: descriptor, and address and length of the rest of the path.
@@ -407,9 +417,11 @@ impl Files {
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] for a name that isn't UTF-8, [`Error::Io`] for what can't be read.
-pub(crate) fn read_tree(root: &Path) -> Result<Vec<SavedFile>> {
+/// [`Error::Invalid`] for a name that isn't UTF-8, and for more than `bytes_max` bytes: a file with holes
+/// is longer than what it takes on the disk. [`Error::Io`] for what can't be read.
+pub(crate) fn read_tree(root: &Path, bytes_max: u64) -> Result<Vec<SavedFile>> {
     let mut files = Vec::new();
+    let mut room = bytes_max;
     let mut pending = vec![(root.to_owned(), String::new())];
     while let Some((directory, prefix)) = pending.pop() {
         let context = |e| Error::io("reading the session's files", e);
@@ -433,11 +445,27 @@ pub(crate) fn read_tree(root: &Path) -> Result<Vec<SavedFile>> {
                 let target = target.into_os_string().into_string();
                 SavedFile::Link { path, target: target.map_err(|name| unnamed(&name))? }
             } else {
-                SavedFile::File { path, bytes: fs::read(entry.path()).map_err(context)? }
+                let bytes = read_at_most(&entry.path(), room).map_err(context)?;
+                let bytes = bytes.ok_or_else(|| {
+                    let reason = format!(
+                        "with `/tmp/{path}` the session's files are longer than limits.disk_bytes, \
+                         {bytes_max} bytes"
+                    );
+                    Error::invalid("snapshot", reason)
+                })?;
+                room -= bytes.len() as u64;
+                SavedFile::File { path, bytes }
             });
         }
     }
     Ok(files)
+}
+
+/// A file, unless it's longer.
+fn read_at_most(path: &Path, bytes_max: u64) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(bytes_max.saturating_add(1)).read_to_end(&mut bytes)?;
+    Ok(Some(bytes).filter(|bytes| bytes.len() as u64 <= bytes_max))
 }
 
 /// What a directory tree takes on the disk, charged as [`Files::reserve`] charges it.

@@ -53,7 +53,9 @@ impl Saved {
             return Err(Error::invalid("snapshot", reason));
         }
         let files = match &guest.scratch {
-            Some(scratch) if !guest.files.is_unused() => files::read_tree(scratch.path())?,
+            Some(scratch) if !guest.files.is_unused() => {
+                files::read_tree(scratch.path(), guest.files.bytes_max())?
+            }
             _ => Vec::new(),
         };
         let state = session.checkpoint().clone();

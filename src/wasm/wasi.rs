@@ -1,5 +1,9 @@
 //! WASI as a session gets it: wasmtime-wasi, with Kaa in front where a limit or a route applies.
 
+mod paths;
+#[cfg(test)]
+mod tests;
+
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,7 +15,6 @@ use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
 use wiggle::GuestMemory;
 
 use super::clock::{VirtualClock, VirtualMonotonicClock, VirtualWallClock, poll_oneoff};
-use super::files::{DIRECTORY_BYTES, FILE_BYTES};
 use super::guest::{Guest, charge_call, guest_slice, read_u32, write_u32};
 use super::random::{SeededRandom, SeededRng};
 use crate::error::Error;
@@ -22,20 +25,26 @@ const MODULE: &str = "wasi_snapshot_preview1";
 pub(super) const ERRNO_SUCCESS: i32 = 0;
 pub(super) const ERRNO_FAULT: i32 = 21;
 pub(super) const ERRNO_INVAL: i32 = 28;
-const ERRNO_MFILE: i32 = 33;
 const ERRNO_NOSPC: i32 = 51;
 const ERRNO_PERM: i32 = 63;
-const ERRNO_XDEV: i32 = 75;
 /// Bytes that one call may make the host copy.
 const HOSTCALL_BYTES_MAX: usize = 128 << 20;
 /// Buffers that one `fd_write` may name; POSIX asks for at least 16 (`IOV_MAX`).
 const IOVECS_MAX: u32 = 1024;
-/// What is remembered of the name of an open file, for messages.
-const OPEN_NAME_BYTES: usize = 256;
 /// Fuel of a random byte of a session with a seed, which is the thirty-second part of a hash.
 const SEEDED_BYTE_FUEL: u64 = 64;
-/// `oflags.creat` of `path_open`.
-const OFLAGS_CREAT: i32 = 1;
+
+/// Guest paths below which everything is the session's own.
+const OWN_PATHS: &[&str] = &["/tmp/", "/usr/local/lib/"];
+
+/// Whether the guest's C library hands on paths that lead to a mount there: it looks for its own directories
+/// first, and what is written in two ways is found in one of them only.
+fn is_reachable(guest: &str) -> bool {
+    let plain = guest.trim_end_matches('/');
+    let mut parts = plain.split('/').skip(1);
+    parts.all(|part| !matches!(part, "" | "."))
+        && !OWN_PATHS.iter().any(|own| plain.starts_with(own))
+}
 
 /// Where a session's directories lie on the host.
 pub(crate) struct Directories<'host> {
@@ -51,13 +60,18 @@ pub(crate) struct Directories<'host> {
 ///
 /// # Errors
 ///
-/// [`Error::Invalid`] naming a mount whose host directory can't be opened.
+/// [`Error::Invalid`] naming a mount whose host directory can't be opened, or that would not be found.
 pub(crate) fn context(
     directories: &Directories<'_>,
     policy: &Policy,
     clock: Option<&Arc<VirtualClock>>,
     random: Option<&Arc<SeededRandom>>,
 ) -> crate::error::Result<WasiP1Ctx> {
+    if let Some(mount) = policy.mounts.iter().find(|mount| !is_reachable(&mount.guest)) {
+        let reason =
+            "choose a guest path outside of /tmp and /usr/local/lib, without `.` or `//` in it";
+        return Err(Error::invalid(format!("mount at `{}`", mount.guest), reason));
+    }
     let mut builder = WasiCtxBuilder::new();
     builder
         .arg("/usr/local/bin/python.wasm")
@@ -104,19 +118,6 @@ pub(super) fn parts<'caller>(
     Ok((GuestMemory::Unshared(bytes), guest))
 }
 
-/// Where a path that the guest names goes on: see `Files::route`.
-fn route(caller: &mut Caller<'_, Guest>, fd: i32, ptr: i32, len: i32) -> Result<(i32, i32, i32)> {
-    let memory = caller.data().handles()?.memory;
-    let (bytes, guest) = memory.data_and_store_mut(caller);
-    let (ptr, len) = (ptr as u32, len as u32);
-    // What isn't in memory is left to wasmtime-wasi to refuse.
-    let (fd, ptr, len) = match guest_slice(bytes, ptr, len) {
-        Some(path) => guest.files.route(fd as u32, path, ptr),
-        None => (fd as u32, ptr, len),
-    };
-    Ok((fd as i32, ptr as i32, len as i32))
-}
-
 /// Adds WASI, and then Kaa's own versions of what it guards.
 ///
 /// # Errors
@@ -128,9 +129,7 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
     add_reads(linker)?;
     add_descriptors(linker)?;
     add_writes(linker)?;
-    add_path_changes(linker)?;
-    add_path_queries(linker)?;
-    add_pairs_of_paths(linker)?;
+    paths::add_to_linker(linker)?;
     linker.func_wrap_async(
         MODULE,
         "poll_oneoff",
@@ -174,6 +173,22 @@ fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
             })
         },
     )?;
+    linker.func_wrap_async(MODULE, "fd_sync", |mut caller: Caller<'_, Guest>, (fd,): (i32,)| {
+        Box::new(async move {
+            let (mut memory, guest) = parts(&mut caller)?;
+            preview1::fd_sync(&mut guest.wasi, &mut memory, fd).await
+        })
+    })?;
+    linker.func_wrap_async(
+        MODULE,
+        "fd_datasync",
+        |mut caller: Caller<'_, Guest>, (fd,): (i32,)| {
+            Box::new(async move {
+                let (mut memory, guest) = parts(&mut caller)?;
+                preview1::fd_datasync(&mut guest.wasi, &mut memory, fd).await
+            })
+        },
+    )?;
     linker.func_wrap(
         MODULE,
         "random_get",
@@ -187,16 +202,9 @@ fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
     Ok(())
 }
 
-/// Functions that open, close and renumber descriptors: the account follows them, and those that every
-/// session starts with stay.
+/// Functions that close and renumber descriptors: the account follows them, and those that every session
+/// starts with stay.
 fn add_descriptors(linker: &mut Linker<Guest>) -> Result<()> {
-    linker.func_wrap_async(
-        MODULE,
-        "path_open",
-        |caller: Caller<'_, Guest>, args: (i32, i32, i32, i32, i32, i64, i64, i32, i32)| {
-            Box::new(path_open(caller, args))
-        },
-    )?;
     linker.func_wrap_async(
         MODULE,
         "fd_close",
@@ -331,214 +339,6 @@ async fn fd_write(
         stream.write(buffer);
     }
     Ok(if write_u32(memory, out as u32, total) { ERRNO_SUCCESS } else { ERRNO_FAULT })
-}
-
-/// Functions of one path that change something: routed, and charged when they make something.
-fn add_path_changes(linker: &mut Linker<Guest>) -> Result<()> {
-    linker.func_wrap_async(
-        MODULE,
-        "path_create_directory",
-        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                if !caller.data_mut().files.reserve(fd as u32, DIRECTORY_BYTES) {
-                    return Ok(ERRNO_NOSPC);
-                }
-                let (mut memory, guest) = parts(&mut caller)?;
-                preview1::path_create_directory(&mut guest.wasi, &mut memory, fd, ptr, len).await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_filestat_set_times",
-        |mut caller: Caller<'_, Guest>,
-         (fd, flags, ptr, len, atim, mtim, fst): (i32, i32, i32, i32, i64, i64, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_filestat_set_times(
-                    wasi,
-                    &mut memory,
-                    fd,
-                    flags,
-                    ptr,
-                    len,
-                    atim,
-                    mtim,
-                    fst,
-                )
-                .await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_remove_directory",
-        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                preview1::path_remove_directory(&mut guest.wasi, &mut memory, fd, ptr, len).await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_unlink_file",
-        |mut caller: Caller<'_, Guest>, (fd, ptr, len): (i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                caller.data_mut().files.removed();
-                let (mut memory, guest) = parts(&mut caller)?;
-                preview1::path_unlink_file(&mut guest.wasi, &mut memory, fd, ptr, len).await
-            })
-        },
-    )?;
-    Ok(())
-}
-
-/// Functions of one path that only look: routed.
-fn add_path_queries(linker: &mut Linker<Guest>) -> Result<()> {
-    linker.func_wrap_async(
-        MODULE,
-        "path_filestat_get",
-        |mut caller: Caller<'_, Guest>, (fd, flags, ptr, len, out): (i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_filestat_get(wasi, &mut memory, fd, flags, ptr, len, out).await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_readlink",
-        |mut caller: Caller<'_, Guest>,
-         (fd, ptr, len, buf, buf_len, out): (i32, i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_readlink(wasi, &mut memory, fd, ptr, len, buf, buf_len, out).await
-            })
-        },
-    )?;
-    Ok(())
-}
-
-async fn path_open(
-    mut caller: Caller<'_, Guest>,
-    (fd, dirflags, ptr, len, oflags, rights, inheriting, fdflags, out): (
-        i32,
-        i32,
-        i32,
-        i32,
-        i32,
-        i64,
-        i64,
-        i32,
-        i32,
-    ),
-) -> Result<i32> {
-    let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-    if !caller.data().files.may_open() {
-        return Ok(ERRNO_MFILE);
-    }
-    if oflags & OFLAGS_CREAT != 0 && !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
-        return Ok(ERRNO_NOSPC);
-    }
-    let (mut memory, guest) = parts(&mut caller)?;
-    let wasi = &mut guest.wasi;
-    let errno = preview1::path_open(
-        wasi,
-        &mut memory,
-        fd,
-        dirflags,
-        ptr,
-        len,
-        oflags,
-        rights,
-        inheriting,
-        fdflags,
-        out,
-    )
-    .await?;
-    if errno == ERRNO_SUCCESS {
-        let memory = caller.data().handles()?.memory;
-        let (memory, guest) = memory.data_and_store_mut(&mut caller);
-        if let Some(opened) = read_u32(memory, out as u32) {
-            let name = guest_slice(memory, ptr as u32, len as u32).unwrap_or_default();
-            let name = &name[..name.len().min(OPEN_NAME_BYTES)];
-            let name = String::from_utf8_lossy(name);
-            let path = format!("{}/{name}", guest.files.directory_path(fd as u32));
-            guest.files.opened(fd as u32, opened, path);
-        }
-    }
-    Ok(errno)
-}
-
-/// Functions of two paths.
-fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
-    linker.func_wrap_async(
-        MODULE,
-        "path_rename",
-        |mut caller: Caller<'_, Guest>,
-         (fd, ptr, len, to_fd, to_ptr, to_len): (i32, i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
-                let files = &mut caller.data_mut().files;
-                if files.are_apart(fd as u32, to_fd as u32) {
-                    return Ok(ERRNO_XDEV);
-                }
-                files.removed();
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_rename(wasi, &mut memory, fd, ptr, len, to_fd, to_ptr, to_len).await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_link",
-        |mut caller: Caller<'_, Guest>,
-         (fd, flags, ptr, len, to_fd, to_ptr, to_len): (i32, i32, i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, ptr, len) = route(&mut caller, fd, ptr, len)?;
-                let (to_fd, to_ptr, to_len) = route(&mut caller, to_fd, to_ptr, to_len)?;
-                if caller.data().files.are_apart(fd as u32, to_fd as u32) {
-                    return Ok(ERRNO_XDEV);
-                }
-                if !caller.data_mut().files.reserve(to_fd as u32, FILE_BYTES) {
-                    return Ok(ERRNO_NOSPC);
-                }
-                let (mut memory, guest) = parts(&mut caller)?;
-                let wasi = &mut guest.wasi;
-                preview1::path_link(wasi, &mut memory, fd, flags, ptr, len, to_fd, to_ptr, to_len)
-                    .await
-            })
-        },
-    )?;
-    linker.func_wrap_async(
-        MODULE,
-        "path_symlink",
-        |mut caller: Caller<'_, Guest>,
-         (ptr, len, fd, to_ptr, to_len): (i32, i32, i32, i32, i32)| {
-            Box::new(async move {
-                let (fd, to_ptr, to_len) = route(&mut caller, fd, to_ptr, to_len)?;
-                if !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
-                    return Ok(ERRNO_NOSPC);
-                }
-                let (mut memory, guest) = parts(&mut caller)?;
-                preview1::path_symlink(&mut guest.wasi, &mut memory, ptr, len, fd, to_ptr, to_len)
-                    .await
-            })
-        },
-    )?;
-    Ok(())
 }
 
 /// Closes what the guest opened since its checkpoint: nothing in the memory that it goes back to
