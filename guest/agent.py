@@ -298,7 +298,7 @@ class Agent:
     def cell(self, source, filename, profile, echo):
         """Runs one cell; the reply's header."""
         namespace, channel = self.namespace, self.channel
-        channel.limit, channel.deferred = None, False
+        channel.limit = None  # A stop that is deferred by now is this cell's: its limits hold from the turn's start on.
         self.reported = False
         if profile.copies_output:
             self.streams.keep_copy()

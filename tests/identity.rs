@@ -4,22 +4,21 @@
 //! Programs are drawn from a small grammar, the same ones on every run.
 
 mod common;
+#[path = "common/law.rs"]
+mod law;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use common::{open, run, runtime, store_root};
+use common::{open, run, runtime};
 use kaa::{
-    Clock, Environment, EnvironmentExt, EnvironmentOptions, Error, Execution, Limits, Outcome,
-    Policy, Snapshot, WasmEnvironment,
+    Clock, Environment, EnvironmentExt, EnvironmentOptions, Error, Limits, Outcome, Policy,
+    Snapshot, WasmEnvironment,
 };
+use law::{compare, fault, kaa, report, runner, seen};
 use proptest::prelude::*;
-use proptest::test_runner::{
-    Config, RngAlgorithm, TestCaseError, TestCaseResult, TestError, TestRng, TestRunner,
-};
-use serde_json::Value as Json;
+use proptest::test_runner::{TestCaseError, TestCaseResult};
 
 /// Programs of the property test. More find more; these fit into half a minute.
 const CASES: u32 = 40;
@@ -148,13 +147,6 @@ fn programs() -> impl Strategy<Value = Programs> {
     (program(4), probed, program(3))
 }
 
-/// The same programs each time, and no files about those that fail: they are printed.
-fn runner(cases: u32) -> TestRunner {
-    let config =
-        Config { cases, failure_persistence: None, max_shrink_iters: 300, ..Config::default() };
-    TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
-}
-
 fn options() -> EnvironmentOptions {
     EnvironmentOptions {
         limits: limits(),
@@ -176,49 +168,12 @@ fn limits() -> Limits {
     }
 }
 
-/// All of a cell's execution that must be the same.
-fn seen(execution: &Execution) -> String {
-    let Execution { outcome, limit, rolled_back, stdout, stderr, .. } = execution;
-    let Execution { value, exception, variables, final_answer, usage, .. } = execution;
-    format!(
-        "{outcome:?} {limit:?} {rolled_back}\n{:?} {}\n{:?} {}\n{value:?}\n{exception:?}\n\
-         {variables:?}\n{final_answer:?}\nfuel {:?}, memory {}",
-        stdout.text(),
-        stdout.total_bytes,
-        stderr.text(),
-        stderr.total_bytes,
-        usage.fuel,
-        usage.memory_bytes
-    )
-}
-
 async fn run_all(session: &mut WasmEnvironment, program: &[String]) -> Vec<String> {
     let mut all = Vec::new();
     for cell in program {
         all.push(seen(&run(session, cell).await));
     }
     all
-}
-
-/// The first cell that did something else, and from where on.
-fn compare(how: &str, program: &[String], found: &[String], law: &[String]) -> TestCaseResult {
-    for (cell, (found, law)) in program.iter().zip(found.iter().zip(law)) {
-        if found != law {
-            let at = found.bytes().zip(law.bytes()).take_while(|(one, other)| one == other).count();
-            let from = |text: &str| {
-                let bytes = &text.as_bytes()[at.saturating_sub(60)..];
-                String::from_utf8_lossy(&bytes[..bytes.len().min(400)]).into_owned()
-            };
-            let (found, law) = (from(found), from(law));
-            let reason = format!("{how}: cell {cell:?}\nis: …{found}\nshould be: …{law}");
-            return Err(TestCaseError::fail(reason));
-        }
-    }
-    Ok(())
-}
-
-fn fault(error: &Error) -> TestCaseError {
-    TestCaseError::fail(error.to_string())
 }
 
 /// The snapshot; programs that leave files open are none that the law is about.
@@ -296,47 +251,13 @@ async fn hold(programs: &Programs, directory: &Path) -> TestCaseResult {
     Ok(())
 }
 
-fn report<T: std::fmt::Debug>(result: Result<(), TestError<T>>) {
-    match result {
-        Ok(()) => {}
-        Err(TestError::Fail(reason, programs)) => panic!("{programs:#?}\n{reason}"),
-        Err(TestError::Abort(reason)) => panic!("{reason}"),
-    }
-}
-
 #[test]
 fn a_session_goes_on_as_if_nothing_had_happened() {
     let reactor = tokio::runtime::Runtime::new().unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let result = runner(CASES)
+    let result = runner(CASES, None)
         .run(&programs(), |programs| reactor.block_on(hold(&programs, directory.path())));
     report(result);
-}
-
-/// The cells of a run of the program, without the times, which are the machine's.
-fn kaa(directory: &Path, flags: &[&str], program: &[String]) -> Vec<Json> {
-    let limits = [format!("--fuel={FUEL}"), "--grace=100ms".into(), "--memory=512M".into()];
-    let output = Command::new(env!("CARGO_BIN_EXE_kaa"))
-        .current_dir(directory)
-        .env("KAA_CACHE", store_root())
-        .args(["run", "--json"])
-        .args(limits)
-        .args(flags)
-        .args(program.iter().flat_map(|cell| ["-c", cell]))
-        .output()
-        .unwrap();
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    let parse = |line: &str| {
-        let mut cell: Json = serde_json::from_str(line).unwrap();
-        cell["cell"] = Json::Null;
-        for time in ["compute_ms", "wall_ms", "host_wait_ms"] {
-            cell["usage"][time] = Json::Null;
-        }
-        cell
-    };
-    let cells: Vec<Json> = stdout.lines().map(parse).collect();
-    assert_eq!(cells.len(), program.len(), "{}", String::from_utf8_lossy(&output.stderr));
-    cells
 }
 
 #[test]
@@ -344,12 +265,14 @@ fn another_process_goes_on_too() {
     let directory = tempfile::tempdir().unwrap();
     let here = directory.path();
     let (seed, clock) = (format!("--seed={SEED}"), format!("--fixed-clock={START_SECONDS}"));
-    let result = runner(PROCESS_CASES).run(&programs(), |(first, then, _)| {
+    let limits = [format!("--fuel={FUEL}"), "--grace=100ms".into(), "--memory=512M".into()];
+    let [fuel, grace, memory] = &limits;
+    let result = runner(PROCESS_CASES, None).run(&programs(), |(first, then, _)| {
         let whole: Vec<String> = first.iter().chain(&then).cloned().collect();
-        let law = kaa(here, &[&seed, &clock], &whole);
-        let before = kaa(here, &[&seed, &clock, "--snapshot-out=s"], &first);
+        let law = kaa(here, &[fuel, grace, memory, &seed, &clock], &whole);
+        let before = kaa(here, &[fuel, grace, memory, &seed, &clock, "--snapshot-out=s"], &first);
         prop_assert_eq!(&before[..], &law[..first.len()]);
-        let after = kaa(here, &["--snapshot-in=s"], &then);
+        let after = kaa(here, &[fuel, grace, memory, "--snapshot-in=s"], &then);
         prop_assert_eq!(&after[..], &law[first.len()..]);
         Ok(())
     });
@@ -500,7 +423,7 @@ impl Walk {
 fn a_walk_through_states_never_gets_lost() {
     let reactor = tokio::runtime::Runtime::new().unwrap();
     let steps = prop::collection::vec(step(), STEPS);
-    let result = runner(WALKS).run(&steps, |steps| {
+    let result = runner(WALKS, None).run(&steps, |steps| {
         reactor.block_on(async {
             let mut walk = Walk {
                 session: open(patient()),

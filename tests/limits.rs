@@ -5,7 +5,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{limited, open, print, run};
-use kaa::{Clock, EnvironmentExt, EnvironmentOptions, Limit, Limits, Outcome, Policy, Tool, Value};
+use kaa::{
+    Clock, Environment, EnvironmentExt, EnvironmentOptions, ExecuteOptions, Limit, Limits, Outcome,
+    Policy, Tool, Value,
+};
 
 const WORK: &str = "n = 0\nfor i in range(100_000): n += i";
 
@@ -33,6 +36,26 @@ async fn fuel_is_met_to_the_unit_and_deterministic() {
     assert_eq!(same.stderr, stopped.stderr);
     // What the cell had made until then is kept.
     assert_eq!(print(&mut short, "print(0 < n < 4999950000)").await, "True\n");
+}
+
+/// The fuel of a turn is spent from its start on: by the agent, which sets a new session up, and then
+/// by the cell.
+#[tokio::test]
+async fn a_limit_that_is_reached_before_the_cell_begins_stops_it_softly() {
+    for fuel in [1, 1_000, 30_000, 100_000, 200_000, 300_000, 400_000, 1_000_000] {
+        let limits = Limits { fuel, ..Limits::default() };
+        let mut session = limited(limits);
+        for code in ["while True: pass", "try:\n    while True: pass\nfinally: done = 1"] {
+            let stopped = run(&mut session, code).await;
+            let expected = (Outcome::LimitReached, Some(Limit::Fuel), false);
+            let found = (stopped.outcome, stopped.limit, stopped.rolled_back);
+            assert_eq!(found, expected, "{fuel}: {code}: {}", stopped.stderr.text());
+        }
+        // Whatever came late, it isn't the next cell's.
+        let options = ExecuteOptions { limits: Some(Limits::default()) };
+        let after = session.execute_opts("'after'", options).await.unwrap();
+        assert_eq!((after.outcome, after.limit), (Outcome::Completed, None));
+    }
 }
 
 #[tokio::test]
@@ -209,7 +232,7 @@ async fn sessions_share_a_thread_fairly() {
     let mut busy = limited(Limits { compute: Duration::from_secs(5), ..Limits::default() });
     let mut quick = common::session();
     run(&mut quick, "1").await;
-    let interrupt = kaa::Environment::interrupt(&busy);
+    let interrupt = busy.interrupt();
     let spinning = tokio::spawn(async move { busy.execute("while True: pass").await.unwrap() });
     tokio::task::yield_now().await;
     let started = Instant::now();
