@@ -84,6 +84,21 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
+    (
+        "fuzzing",
+        &[
+            "error",
+            "limits",
+            "environment",
+            "protocol",
+            "lm",
+            "agent",
+            "value",
+            "snapshot",
+            "wasm",
+            "process",
+        ],
+    ),
 ];
 
 /// Files outside the layers: the crate's root, the program, and the command line over the public API.
