@@ -5,7 +5,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{limited, open, print, run};
-use kaa::{Clock, EnvironmentExt, EnvironmentOptions, Limit, Limits, Outcome, Policy, Tool, Value};
+use kaa::{
+    Clock, Environment, EnvironmentExt, EnvironmentOptions, Limit, Limits, Outcome, Policy, Tool,
+    Value,
+};
 
 const WORK: &str = "n = 0\nfor i in range(100_000): n += i";
 
@@ -33,6 +36,21 @@ async fn fuel_is_met_to_the_unit_and_deterministic() {
     assert_eq!(same.stderr, stopped.stderr);
     // What the cell had made until then is kept.
     assert_eq!(print(&mut short, "print(0 < n < 4999950000)").await, "True\n");
+}
+
+#[tokio::test]
+async fn going_back_from_a_grown_memory_takes_nothing_of_the_limit() {
+    let limits = Limits { memory_bytes: 64 << 20, ..Limits::default() };
+    let mut session = limited(limits);
+    run(&mut session, "keep = 41").await;
+    let snapshot = session.snapshot().await.unwrap();
+    // Each time with a new instance, since a memory doesn't shrink.
+    for round in 0..40 {
+        let grown = run(&mut session, "large = bytearray(20_000_000)").await;
+        assert_eq!(grown.outcome, Outcome::Completed, "{round}: {}", grown.stderr.text());
+        session.restore(&snapshot).await.unwrap();
+    }
+    assert_eq!(print(&mut session, "print(keep)").await, "41\n");
 }
 
 #[tokio::test]
@@ -209,7 +227,7 @@ async fn sessions_share_a_thread_fairly() {
     let mut busy = limited(Limits { compute: Duration::from_secs(5), ..Limits::default() });
     let mut quick = common::session();
     run(&mut quick, "1").await;
-    let interrupt = kaa::Environment::interrupt(&busy);
+    let interrupt = busy.interrupt();
     let spinning = tokio::spawn(async move { busy.execute("while True: pass").await.unwrap() });
     tokio::task::yield_now().await;
     let started = Instant::now();
