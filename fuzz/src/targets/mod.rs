@@ -39,6 +39,6 @@ pub(crate) fn run(target: &str, input: &[u8]) -> bool {
 
 /// Waits for what does nothing but compute.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
     runtime.expect("a runtime").block_on(future)
 }
