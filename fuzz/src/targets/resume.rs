@@ -132,7 +132,7 @@ fn written<'a>(parts: &'a mut Parts, input: &mut Input<'_>) -> Option<&'a mut Ve
 
 /// A field of the session's record, or of the header itself.
 fn change_header(parts: &mut Parts, input: &mut Input<'_>) {
-    let is_of_session = input.u8() % 2 == 0;
+    let is_of_session = input.u8().is_multiple_of(2);
     let key = String::from_utf8_lossy(input.string()).into_owned();
     let Ok(value) = serde_json::from_slice::<Json>(input.string()) else { return };
     if is_of_session {
