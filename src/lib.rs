@@ -57,6 +57,9 @@ pub mod docker;
 mod environment;
 mod error;
 mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 mod limits;
 pub mod lm;

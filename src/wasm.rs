@@ -53,6 +53,8 @@ pub use self::recipe::ImageSpec;
 use self::recipe::Recipe;
 use self::saved::{BACKEND, Saved, check_image};
 use self::session::Start;
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::text::collect as collect_pieces;
 use crate::error::{Error, Result};
 use crate::image::{GlobalRecord, ImageManifest, ProgressFn, Store};
 use crate::limits::Limits;

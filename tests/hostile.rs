@@ -2,27 +2,19 @@
 //! likes. Their sessions may do anything but hurt others.
 
 mod common;
-#[path = "common/parts.rs"]
-mod parts;
+#[path = "hostile/files.rs"]
+mod files;
 
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
-use common::{open, print, run, runtime};
-use kaa::{
-    Clock, Environment, EnvironmentExt, EnvironmentOptions, Limits, MEMORY_BYTES_MAX, Policy,
-    Snapshot, Value, WasmEnvironment,
-};
-use parts::{PAGE, Parts};
+use files::{PAGE, Parts, bystander, check_others, options, suffer, victim};
+use kaa::{EnvironmentOptions, Limits};
 use serde_json::{Value as Json, json};
 
 /// Files of random harm.
 const MUTATIONS: u64 = 300;
 /// Nothing of this size may appear in the host for a file of a megabyte.
 const HOST_BYTES_MAX: u64 = 1 << 30;
-/// Far above what the limits of a hostile session allow it.
-const TOO_LONG: Duration = Duration::from_secs(60);
 
 /// SplitMix64: the same harm on every run.
 struct Random(u64);
@@ -42,21 +34,6 @@ impl Random {
 
     fn page(&mut self) -> Vec<u8> {
         (0..PAGE / 8).flat_map(|_| self.next().to_le_bytes()).collect()
-    }
-}
-
-fn options() -> EnvironmentOptions {
-    EnvironmentOptions {
-        limits: Limits {
-            fuel: 30_000_000,
-            compute: Duration::from_secs(2),
-            wall: Duration::from_secs(5),
-            grace: Duration::from_millis(20),
-            memory_bytes: 128 << 20,
-            disk_bytes: 1 << 20,
-            ..Limits::default()
-        },
-        ..EnvironmentOptions::default()
     }
 }
 
@@ -82,79 +59,6 @@ fn peak_bytes() -> u64 {
     number.unwrap_or(0) * 1024
 }
 
-/// A session with some of everything, as a file.
-async fn victim(directory: &Path) -> Parts {
-    let policy = Policy { seed: Some(3), clock: Clock::Fixed(1), ..Policy::default() };
-    let mut session = open(EnvironmentOptions { policy, ..options() });
-    run(&mut session, "import random\nx = 1\nl = [n * n for n in range(20_000)]\ng = iter(l)")
-        .await;
-    let file = directory.join("good");
-    session.snapshot().await.unwrap().save(&file).unwrap();
-    Parts::read(&file)
-}
-
-/// Everything that one does with a session. What comes of it doesn't matter.
-async fn use_up(session: &mut WasmEnvironment) {
-    let _ = session.execute("x = sum(l); print(x, random.random())").await;
-    let _ = session
-        .execute("import time, os; y = bytearray(9_000_000); print(time.time(), os.urandom(3))")
-        .await;
-    let _ = session.set_variable("z", Value::from("text")).await;
-    let _ = session.get_variable("l").await;
-    let _ = session.list_variables().await;
-    if let Ok(mut fork) = session.fork_session().await {
-        let _ = fork.execute("open('/tmp/f', 'w').write('x' * 5000)").await;
-        let _ = fork.hibernate().await;
-        let _ = fork.execute("print(next(g), os.listdir('/tmp'))").await;
-    }
-    let _ = session.reset().await;
-}
-
-/// Loads a file, goes on from it in every way, and says whether that was possible at all.
-async fn suffer(what: &str, file: &Path, options: EnvironmentOptions) -> Result<(), String> {
-    let all = async {
-        // As much as there can be: the limits of the sessions below have to hold by themselves.
-        let limits = Limits { memory_bytes: MEMORY_BYTES_MAX, ..Limits::default() };
-        let snapshot: Snapshot =
-            runtime().load_snapshot(file, &limits).map_err(|e| e.to_string())?;
-        let resumed = runtime().resume(&snapshot, options.clone());
-        let mut live = open(options);
-        live.execute("mine = 1; open('/tmp/mine', 'w').write('1')").await.unwrap();
-        let restored = live.restore(&snapshot).await;
-        use_up(&mut live).await;
-        if !matches!(live.execute("1 + 1").await, Ok(cell) if cell.value.as_deref() == Some("2")) {
-            panic!("{what}: a session that was begun anew doesn't work");
-        }
-        let mut session = resumed.map_err(|e| e.to_string())?;
-        use_up(&mut session).await;
-        restored.map_err(|e| e.to_string())
-    };
-    tokio::time::timeout(TOO_LONG, all).await.unwrap_or_else(|_| panic!("{what} takes too long"))
-}
-
-/// What others see of all this: a session that was there before, and a new one.
-async fn check_others(what: &str, bystander: &mut WasmEnvironment, round: &mut u64) {
-    *round += 1;
-    let text =
-        print(bystander, "count += 1; print(count, len(state), state[77], open('/tmp/k').read())")
-            .await;
-    assert_eq!(text, format!("{round} 1000 77 kept\n"), "{what}");
-    let mut fresh = common::session();
-    let text = print(
-        &mut fresh,
-        "import os; print(os.listdir('/tmp'), 'x' in globals(), sum(range(1000)))",
-    )
-    .await;
-    assert_eq!(text, "[] False 499500\n", "{what}");
-}
-
-async fn bystander() -> WasmEnvironment {
-    let mut session = common::session();
-    run(&mut session, "count = 0; state = list(range(1000)); open('/tmp/k', 'w').write('kept')")
-        .await;
-    session
-}
-
 /// What is done to a good snapshot.
 type Harm = Box<dyn Fn(&mut Parts)>;
 
@@ -170,7 +74,7 @@ fn file(kind: u8, path: &str, rest: &[u8]) -> (u8, String, Vec<u8>) {
     (kind, path.to_owned(), rest.to_vec())
 }
 
-fn files(files: Vec<(u8, String, Vec<u8>)>) -> Harm {
+fn tree_of(files: Vec<(u8, String, Vec<u8>)>) -> Harm {
     harm(move |parts| parts.files = files.clone())
 }
 
@@ -202,21 +106,21 @@ fn cases() -> Vec<(String, Harm, &'static str)> {
         ("all memory", memory(4 << 30), "limits.memory_bytes"),
         ("too much memory", memory((4 << 30) + (64 << 10)), "4294967296 bytes of memory"),
         ("absurd memory", memory(most - most % PAGE as u64), "bytes of memory"),
-        ("much disk", files(vec![file(3, "big", &[b'x'; 1 << 20])]), ""),
+        ("much disk", tree_of(vec![file(3, "big", &[b'x'; 1 << 20])]), ""),
         (
             "too much disk",
-            files([0, 1].map(|n| file(3, &n.to_string(), &[7; 1 << 20])).into()),
+            tree_of([0, 1].map(|n| file(3, &n.to_string(), &[7; 1 << 20])).into()),
             "limits.disk_bytes",
         ),
-        ("a deep tree", files(tree), ""),
-        ("long names", files(vec![file(3, &"n".repeat(255), b"x")]), ""),
-        ("odd names", files(vec![file(3, "\u{1b}[2J\n*?-rf", b""), file(4, "-", b"-")]), ""),
+        ("a deep tree", tree_of(tree), ""),
+        ("long names", tree_of(vec![file(3, &"n".repeat(255), b"x")]), ""),
+        ("odd names", tree_of(vec![file(3, "\u{1b}[2J\n*?-rf", b""), file(4, "-", b"-")]), ""),
         (
             "links in a circle",
-            files(vec![file(4, "a", b"b"), file(4, "b", b"a"), file(4, "f", b"f")]),
+            tree_of(vec![file(4, "a", b"b"), file(4, "b", b"a"), file(4, "f", b"f")]),
             "",
         ),
-        ("a link in the way", files(vec![file(2, "mine", b""), file(4, "f", b"mine/x")]), ""),
+        ("a link in the way", tree_of(vec![file(2, "mine", b""), file(4, "f", b"mine/x")]), ""),
         ("no page", harm(|parts| parts.pages.clear()), ""),
         ("no globals", harm(|parts| parts.header["globals"] = json!([])), "globals of its image"),
         (
@@ -226,7 +130,7 @@ fn cases() -> Vec<(String, Harm, &'static str)> {
         ),
         (
             "an inode too many",
-            files(vec![file(3, "a/b", b"")]),
+            tree_of(vec![file(3, "a/b", b"")]),
             "a directory before all that lies in it",
         ),
     ]
@@ -234,10 +138,10 @@ fn cases() -> Vec<(String, Harm, &'static str)> {
     .map(|(what, harm, refused)| (what.to_owned(), harm, refused))
     .collect::<Vec<_>>();
     for path in ["../x", "/etc/passwd", "a/../../x", "a//b", ".", "", "nul\0"] {
-        cases.push((format!("path {path:?}"), files(vec![file(3, path, b"x")]), "a path "));
+        cases.push((format!("path {path:?}"), tree_of(vec![file(3, path, b"x")]), "a path "));
     }
     for target in ["..", "/etc", "a/../..", ""] {
-        let harm = files(vec![file(4, "l", target.as_bytes())]);
+        let harm = tree_of(vec![file(4, "l", target.as_bytes())]);
         cases.push((format!("link to {target:?}"), harm, "a target of a link "));
     }
     cases
@@ -282,7 +186,7 @@ async fn globals_may_have_any_value() {
     let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
     let path = directory.path().join("s");
     let end = u64::from(good.memory_pages()) * PAGE as u64;
-    for number in 0..good.globals() {
+    for number in 0..good.header["globals"].as_array().unwrap().len() {
         for bits in
             [0, 1, 16, 0x7fff_ffff, 0x8000_0000, 0xffff_fff0, 0xffff_ffff, u64::MAX, end, end - 16]
         {

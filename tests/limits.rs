@@ -59,6 +59,21 @@ async fn a_limit_that_is_reached_before_the_cell_begins_stops_it_softly() {
 }
 
 #[tokio::test]
+async fn going_back_from_a_grown_memory_takes_nothing_of_the_limit() {
+    let limits = Limits { memory_bytes: 64 << 20, ..Limits::default() };
+    let mut session = limited(limits);
+    run(&mut session, "keep = 41").await;
+    let snapshot = session.snapshot().await.unwrap();
+    // Each time with a new instance, since a memory doesn't shrink.
+    for round in 0..40 {
+        let grown = run(&mut session, "large = bytearray(20_000_000)").await;
+        assert_eq!(grown.outcome, Outcome::Completed, "{round}: {}", grown.stderr.text());
+        session.restore(&snapshot).await.unwrap();
+    }
+    assert_eq!(print(&mut session, "print(keep)").await, "41\n");
+}
+
+#[tokio::test]
 async fn bulk_work_costs_fuel() {
     let mut session = common::session();
     run(&mut session, "b = bytes(50_000_000)").await;

@@ -85,6 +85,21 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     ("conformance", &["error", "environment", "limits", "lm", "policy", "snapshot", "value"]),
     ("benchmark", &["error", "environment", "limits", "lm", "rlm"]),
+    (
+        "fuzzing",
+        &[
+            "error",
+            "limits",
+            "environment",
+            "protocol",
+            "lm",
+            "agent",
+            "value",
+            "snapshot",
+            "wasm",
+            "process",
+        ],
+    ),
 ];
 
 /// Files outside the layers: the crate's root, the program, and the command line over the public API.
@@ -228,7 +243,8 @@ fn files_and_functions_have_a_readable_length_and_a_header() {
             }
         }
     }
-    for (path, text) in files("tests", "rs").into_iter().chain(files("benches", "rs")) {
+    let others = ["tests", "benches", "fuzz/src", "fuzz/fuzz_targets"];
+    for (path, text) in others.iter().flat_map(|directory| files(directory, "rs")) {
         assert!(text.starts_with("//!"), "{} does not begin with what it is", path.display());
     }
     for (path, text) in files("guest", "py") {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
 use serde_json::{Map, Value as Json};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, lookup_host};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
@@ -265,6 +265,15 @@ impl LmServer {
         drop(listener);
         connections.shutdown().await;
     }
+
+    /// One connection, whatever carries it.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) async fn serve_stream(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+    ) -> io::Result<()> {
+        self.desk.serve(stream).await
+    }
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
@@ -293,10 +302,10 @@ struct Arrived<'a> {
 
 impl Desk {
     /// One connection: one request, one reply.
-    async fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
+    async fn serve(&self, mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
         let options = &self.options;
         let received = time::timeout(options.receive_timeout, self.receive(&mut stream)).await;
-        let (mut reader, mut writer) = stream.split();
+        let (mut reader, mut writer) = tokio::io::split(stream);
         let mut linger = LINGER;
         let reply = match received {
             Ok(Ok(request)) => tokio::select! {
@@ -326,7 +335,7 @@ impl Desk {
     }
 
     /// Waits for room once the header says how much, and takes the payload.
-    async fn receive(&self, stream: &mut TcpStream) -> io::Result<Arrived<'_>> {
+    async fn receive(&self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Arrived<'_>> {
         let length = frame::read_header(stream, self.options.request_bytes_max).await?;
         // RLM takes an end before the header for an empty request.
         let Some(length) = length else { return Ok(Arrived { payload: b"{}".into(), room: None }) };

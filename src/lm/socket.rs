@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time;
 
@@ -169,12 +170,20 @@ impl SocketHandler {
     async fn exchange(&self, request: &RequestJson<'_>) -> Result<ReplyJson, LmError> {
         let payload = request.encode().map_err(request_failed)?;
         let connect_timeout = CONNECT_TIMEOUT_MAX.min(self.timeout);
-        let mut stream = time::timeout(connect_timeout, TcpStream::connect(&self.address))
+        let stream = time::timeout(connect_timeout, TcpStream::connect(&self.address))
             .await
             .map_err(|_| timed_out(connect_timeout))?
             .map_err(request_failed)?;
+        self.exchange_over(stream, &payload).await
+    }
+
+    async fn exchange_over(
+        &self,
+        mut stream: impl AsyncRead + AsyncWrite + Unpin,
+        payload: &[u8],
+    ) -> Result<ReplyJson, LmError> {
         let reply = time::timeout(self.timeout, async {
-            frame::write_frame(&mut stream, &payload, REQUEST_BYTES_MAX).await?;
+            frame::write_frame(&mut stream, payload, REQUEST_BYTES_MAX).await?;
             let bytes_max = self.reply_bytes_max.saturating_add(payload.len());
             frame::read_frame(&mut stream, bytes_max).await
         })
@@ -183,35 +192,36 @@ impl SocketHandler {
         .map_err(request_failed)?;
         // RLM's client takes an end before the header for an empty reply.
         let Some(reply) = reply else { return Ok(ReplyJson::default()) };
-        ReplyJson::read(reply, values_at_most(&payload))
+        ReplyJson::read(reply, values_at_most(payload))
             .map_err(|e| LmError::new(format!("Request failed: the reply can't be read: {e}")))
     }
 
     /// One request for prompts that share model and depth.
     async fn exchange_batch(&self, requests: &[LmRequest]) -> Vec<Result<LmCompletion, LmError>> {
-        let all_failed = |error: LmError| vec![Err(error); requests.len()];
         let Some(first) = requests.first() else { return Vec::new() };
+        let reply = self.exchange(&self.batch(first, requests)).await;
+        results_of(reply, requests.len())
+    }
+
+    /// A request for these, which share model and depth with the first of them.
+    fn batch<'a>(&'a self, first: &'a LmRequest, requests: &'a [LmRequest]) -> RequestJson<'a> {
         let prompts = requests.iter().map(|request| (&request.prompt).into()).collect();
-        let request = RequestJson { prompts: Some(prompts), ..self.request(first) };
-        let reply = match self.exchange(&request).await {
-            Ok(reply) => reply,
-            Err(error) => return all_failed(error),
+        RequestJson { prompts: Some(prompts), ..self.request(first) }
+    }
+
+    /// As a batch, over a connection that is there.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) async fn ask_over(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        requests: &[LmRequest],
+    ) -> Vec<Result<LmCompletion, LmError>> {
+        let Some(first) = requests.first() else { return Vec::new() };
+        let reply = match self.batch(first, requests).encode().map_err(request_failed) {
+            Ok(payload) => self.exchange_over(stream, &payload).await,
+            Err(error) => Err(error),
         };
-        if let Some(error) = reply.error {
-            return all_failed(LmError::new(error));
-        }
-        let completions = reply.chat_completions.unwrap_or_default();
-        if completions.is_empty() {
-            return all_failed(LmError::new(NO_COMPLETIONS));
-        }
-        if completions.len() != requests.len() {
-            // Which answer belongs to which prompt is anyone's guess.
-            let (expected, found) = (requests.len(), completions.len());
-            return all_failed(LmError::new(format!(
-                "LM query failed - the handler sent {found} completions for {expected} prompts"
-            )));
-        }
-        completions.into_iter().map(CompletionJson::into_result).collect()
+        results_of(reply, requests.len())
     }
 }
 
@@ -245,6 +255,33 @@ impl LmHandler for SocketHandler {
         }
         results
     }
+}
+
+/// The results of a batch of so many prompts.
+fn results_of(
+    reply: Result<ReplyJson, LmError>,
+    expected: usize,
+) -> Vec<Result<LmCompletion, LmError>> {
+    let all_failed = |error: LmError| vec![Err(error); expected];
+    let reply = match reply {
+        Ok(reply) => reply,
+        Err(error) => return all_failed(error),
+    };
+    if let Some(error) = reply.error {
+        return all_failed(LmError::new(error));
+    }
+    let completions = reply.chat_completions.unwrap_or_default();
+    if completions.is_empty() {
+        return all_failed(LmError::new(NO_COMPLETIONS));
+    }
+    let found = completions.len();
+    if found != expected {
+        // Which answer belongs to which prompt is anyone's guess.
+        return all_failed(LmError::new(format!(
+            "LM query failed - the handler sent {found} completions for {expected} prompts"
+        )));
+    }
+    completions.into_iter().map(CompletionJson::into_result).collect()
 }
 
 fn is_host_and_port(address: &str) -> bool {

@@ -266,7 +266,7 @@ impl ProcessEnvironment {
                 (Outcome::Raised, "MemoryError")
             }
             (_, Death { signal: Some(signal), .. }) => {
-                (Outcome::Exited { code: EXIT_SIGNAL + signal }, "Crash")
+                (Outcome::Exited { code: EXIT_SIGNAL.saturating_add(signal) }, "Crash")
             }
             (_, Death { code, .. }) => (Outcome::Exited { code: code.unwrap_or(0) }, "SystemExit"),
         };

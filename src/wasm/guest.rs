@@ -123,7 +123,7 @@ pub(crate) struct Handles {
 pub(crate) struct MemoryLimit {
     pub(crate) bytes_max: usize,
     pub(crate) memory_bytes: usize,
-    table_bytes: usize,
+    pub(crate) table_bytes: usize,
     /// What the tenant has room for. The session holds it: what is left of one that is gone, or an
     /// image that is booted, has none.
     pub(crate) seat: Weak<Seat>,
@@ -136,6 +136,17 @@ impl MemoryLimit {
     pub(crate) fn new(bytes_max: u64, seat: Weak<Seat>) -> Self {
         let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
         Self { bytes_max, memory_bytes: 0, table_bytes: 0, seat }
+    }
+
+    /// Forgets the instance that there was: another will be counted from its start.
+    pub(crate) fn begin_instance(&mut self) {
+        (self.memory_bytes, self.table_bytes) = (0, 0);
+    }
+
+    /// Counts an instance that is there already, with so much memory and the tables that it had under
+    /// the limit before.
+    pub(crate) fn take_instance(&mut self, memory_bytes: usize, before: &Self) {
+        (self.memory_bytes, self.table_bytes) = (memory_bytes, before.table_bytes);
     }
 }
 
@@ -242,6 +253,8 @@ impl Guest {
             }
             _ => (empty(), None),
         };
+        let mut memory_limit = MemoryLimit::new(0, Weak::new());
+        memory_limit.take_instance(0, &self.memory_limit);
         *self = Self {
             wasi,
             files: Files::new(Path::new(""), 0, &[], 0),
@@ -252,7 +265,7 @@ impl Guest {
             streams: Streams::default(),
             conversation: Conversation::new(&EnvironmentOptions::default(), [0; 16])?,
             budget: Budget::start(Limits::default()),
-            memory_limit: MemoryLimit::new(0, Weak::new()),
+            memory_limit,
             leave: Arc::default(),
             signal: Arc::default(),
             handles: self.handles.take(),

@@ -224,7 +224,7 @@ impl Session {
                 let before = std::mem::replace(store.data_mut(), guest);
                 let guest = store.data_mut();
                 guest.handles = before.handles;
-                guest.memory_limit.memory_bytes = bytes;
+                guest.memory_limit.take_instance(bytes, &before.memory_limit);
                 session.store = Some(store);
             }
             None => session.instantiate(guest)?,

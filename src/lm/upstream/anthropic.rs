@@ -86,6 +86,12 @@ impl AnthropicHandler {
         let body = BodyJson { model: &self.upstream.model, chat, more };
         serde_json::to_vec(&body).map_err(|e| e.to_string())
     }
+
+    /// Reads the body of an answer.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn read(&self, request: &LmRequest, body: Vec<u8>) -> Result<LmCompletion, LmError> {
+        self.upstream.read(request, body, ReplyJson::answer)
+    }
 }
 
 #[async_trait]

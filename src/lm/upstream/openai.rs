@@ -99,6 +99,12 @@ impl OpenAiHandler {
         let body = BodyJson { model: &self.upstream.model, messages, more };
         serde_json::to_vec(&body).map_err(|e| e.to_string())
     }
+
+    /// Reads the body of an answer.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn read(&self, request: &LmRequest, body: Vec<u8>) -> Result<LmCompletion, LmError> {
+        self.upstream.read(request, body, ReplyJson::answer)
+    }
 }
 
 #[async_trait]

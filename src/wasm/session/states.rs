@@ -221,7 +221,7 @@ impl Session {
         let store = self.store.take();
         let mut guest = store.expect("a session has a store between its methods").into_data();
         guest.handles = None;
-        guest.memory_limit.memory_bytes = 0;
+        guest.memory_limit.begin_instance();
         let slot = Arc::get_mut(&mut self.slot)
             .ok_or_else(|| Error::Internal("an instance outlived its store".into()))?;
         slot.rewind(&state.image, state.bytes)?;

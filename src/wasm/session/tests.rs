@@ -128,6 +128,8 @@ fn check_new(session: &mut Session, image: &Image, what: &str) {
     let start = &image.0.start;
     let guest = session.guest();
     assert!(guest.files.open_fds().is_empty() && guest.files.is_unused(), "{what}");
+    // A session with a new instance has no less room.
+    assert_ne!(guest.memory_limit.table_bytes, 0, "{what}: tables don't count");
     let scratch = guest.scratch.as_ref().unwrap().path();
     assert_eq!(std::fs::read_dir(scratch).unwrap().count(), 0, "{what}: files are left");
     let (memory, globals) = session.state();
