@@ -65,13 +65,13 @@ impl Machine {
     }
 }
 
-/// Bytes of this machine's memory that would not be there for others: neither free, nor caches of files.
+/// What is held for processes: their own pages, those that they share, and what the kernel needs for them.
+const HELD: [&str; 5] = ["AnonPages", "Shmem", "PageTables", "KernelStack", "SUnreclaim"];
+
+/// Bytes of this machine's memory that are held for processes. What is free isn't asked: what has just been
+/// given back isn't counted there, while the kernel keeps it at hand for a processor.
 pub(super) fn memory_used() -> Option<u64> {
-    let total = meminfo("MemTotal")?;
-    let free = meminfo("MemFree")? + meminfo("Buffers")? + meminfo("SReclaimable").unwrap_or(0);
-    // Memory that is shared is counted with the caches, but nobody can have it back.
-    let cached = meminfo("Cached")?.saturating_sub(meminfo("Shmem").unwrap_or(0));
-    total.checked_sub(free)?.checked_sub(cached)
+    HELD.iter().map(|key| meminfo(key)).sum()
 }
 
 /// An entry of `/proc/meminfo`, in bytes.

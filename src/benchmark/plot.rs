@@ -170,7 +170,9 @@ impl Report {
 
     fn row(&self, workload: Workload) -> Row {
         let subjects = self.present(Role::Isolation);
-        let dots = subjects.iter().map(|s| self.figure(&s.name, workload).map(Dot::from)).collect();
+        // Nothing has no place on a scale of powers.
+        let figure = |name: &str| self.figure(name, workload).filter(|figure| figure.median > 0.0);
+        let dots = subjects.iter().map(|s| figure(&s.name).map(Dot::from)).collect();
         Row { label: workload.title(), dots }
     }
 

@@ -27,8 +27,11 @@ const COLD_TIME: Duration = Duration::from_secs(60);
 const IDLE_SESSIONS_MAX: usize = 100;
 const IDLE_SESSIONS_MIN: usize = 4;
 const IDLE_TIME: Duration = Duration::from_secs(2);
-/// After it the memory of sessions is what it stays.
-const SETTLE_TIME: Duration = Duration::from_millis(200);
+/// Memory that changes by less than this from one look to the next is what it stays, for now. What ended
+/// before gives its memory back when the kernel gets to it.
+const STEADY_BYTES: u64 = 256 << 10;
+const LOOK_AFTER: Duration = Duration::from_millis(200);
+const LOOKS_MAX: usize = 50;
 /// How long sessions are opened and closed for a sample of [`Workload::Rate`].
 const RATE_TIME: Duration = Duration::from_secs(1);
 /// Of a context of 100 MB there may be two copies.
@@ -242,7 +245,7 @@ impl Source {
             return Err(Missed::because("its memory is on another machine"));
         }
         let unknown = || Missed::because("this system doesn't tell how much memory is used");
-        let before = machine::memory_used().ok_or_else(unknown)?;
+        let before = steady_memory().await.ok_or_else(unknown)?;
         let since = Instant::now();
         let mut count = 0;
         while count < IDLE_SESSIONS_MIN
@@ -253,8 +256,7 @@ impl Source {
             held.push(session);
             count += 1;
         }
-        tokio::time::sleep(SETTLE_TIME).await;
-        let after = machine::memory_used().ok_or_else(unknown)?;
+        let after = steady_memory().await.ok_or_else(unknown)?;
         Ok(after.saturating_sub(before) as f64 / count as f64)
     }
 
@@ -402,6 +404,20 @@ pub(super) async fn cold_process(
     check(&String::from_utf8_lossy(&output.stdout), FIRST_STDOUT)
         .map_err(|Missed(reason)| Missed::because(format!("{reason}; {}", words.trim())))?;
     Ok(elapsed.as_secs_f64())
+}
+
+/// This machine's used memory, once nothing moves it any more.
+async fn steady_memory() -> Option<u64> {
+    let mut last = machine::memory_used()?;
+    for _ in 0..LOOKS_MAX {
+        tokio::time::sleep(LOOK_AFTER).await;
+        let now = machine::memory_used()?;
+        if now.abs_diff(last) < STEADY_BYTES {
+            return Some(now);
+        }
+        last = now;
+    }
+    Some(last)
 }
 
 fn check(found: &str, wanted: &str) -> Result<(), Missed> {

@@ -47,7 +47,8 @@ pub enum Workload {
     Rlm,
     /// Computing.
     Cpu(CpuPart),
-    /// What this machine's memory shrinks by for a session that has run a cell and waits.
+    /// What this machine holds in memory for a session that has run a cell and waits, the kernel's part and
+    /// that of helpers included.
     Memory,
     /// Sessions with one cell each per second, as many at a time as there are processors.
     Rate,
