@@ -256,6 +256,9 @@ impl Files {
         let wanted = |files: &Self| {
             files.scratch_bytes.saturating_add(files.mount_bytes).saturating_add(bytes)
         };
+        if bytes > self.bytes_max {
+            return false;
+        }
         if wanted(self) > self.bytes_max {
             // The account only grows while the guest also removes and overwrites: count anew, unless
             // there may be files that nothing lists any more.

@@ -118,6 +118,13 @@ pub(super) fn parts<'caller>(
     Ok((GuestMemory::Unshared(bytes), guest))
 }
 
+/// Makes room for what a call makes; `false` is "no space left". Whoever has filled the disk makes the host
+/// look for room again and again, so this is charged as a call, also when nothing comes of it.
+pub(super) fn reserve(caller: &mut Caller<'_, Guest>, fd: i32, bytes: u64) -> Result<bool> {
+    charge_call(caller, 0)?;
+    Ok(caller.data_mut().files.reserve(fd as u32, bytes))
+}
+
 /// Adds WASI, and then Kaa's own versions of what it guards.
 ///
 /// # Errors
@@ -273,7 +280,7 @@ fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
         "fd_filestat_set_size",
         |mut caller: Caller<'_, Guest>, (fd, size): (i32, i64)| {
             Box::new(async move {
-                if !caller.data_mut().files.reserve(fd as u32, size as u64) {
+                if !reserve(&mut caller, fd, size as u64)? {
                     return Ok(ERRNO_NOSPC);
                 }
                 let (mut memory, guest) = parts(&mut caller)?;
@@ -286,7 +293,7 @@ fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
         "fd_allocate",
         |mut caller: Caller<'_, Guest>, fd: i32, at: i64, len: i64| -> Result<i32> {
             let bytes = (at as u64).saturating_add(len as u64);
-            if !caller.data_mut().files.reserve(fd as u32, bytes) {
+            if !reserve(&mut caller, fd, bytes)? {
                 return Ok(ERRNO_NOSPC);
             }
             let (mut memory, guest) = parts(&mut caller)?;

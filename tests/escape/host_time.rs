@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kaa::lm::ScriptedHandler;
-use kaa::{EnvironmentExt, EnvironmentOptions, Limits, Tool, Value};
+use kaa::{
+    Environment, EnvironmentExt, EnvironmentOptions, ExecuteOptions, Limits, Outcome, Tool, Value,
+};
 
 use super::bait::Bait;
 use super::common::{open, run, session};
@@ -16,6 +18,19 @@ const LIMITS: (Duration, Duration) = (Duration::from_millis(200), Duration::from
 const SLACK: Duration = Duration::from_secs(10);
 /// A cell of the neighbour's, likewise. It takes a tenth of a millisecond alone.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Fills the disk with empty files, among which the host has to look for room.
+const FILL: &str = "import os\nf = open('/tmp/f', 'w')\nos.mkdir('/tmp/many')\nn = 0\ntry:\n    \
+    while True:\n        n += 1; open(f'/tmp/many/{n}', 'w').close()\nexcept OSError: pass";
+/// What the names of cells begin with that are run on such a disk.
+const FULL: &str = "disk full of files";
+
+/// Repeats a call that finds no room.
+macro_rules! full {
+    ($call:literal) => {
+        concat!("while True:\n    try: ", $call, "\n    except OSError: pass")
+    };
+}
 
 /// Name, and a cell that repeats it for ever, or does it once if that takes long enough.
 const CELLS: &[(&str, &str)] = &[
@@ -46,6 +61,11 @@ const CELLS: &[(&str, &str)] = &[
         "full disk",
         "import os\nf = open('/tmp/f', 'wb'); f.write(bytes(60_000_000)); f.flush()\nwhile True:\n    try: f.write(bytes(8_000_000)); f.flush()\n    except OSError: pass",
     ),
+    ("disk full of files, mkdir", full!("os.mkdir('/tmp/x')")),
+    ("disk full of files, open", full!("open('/tmp/x', 'w')")),
+    ("disk full of files, symlink", full!("os.symlink('x', '/tmp/x')")),
+    ("disk full of files, link", full!("os.link('/tmp/many/1', '/tmp/x')")),
+    ("disk full of files, truncate", full!("os.truncate('/tmp/many/1', 15_000_000)")),
     (
         "truncation",
         "import os\nf = open('/tmp/f', 'wb')\nwhile True: f.truncate(1 << 25); f.truncate(0)",
@@ -144,8 +164,16 @@ async fn every_action_ends_at_its_limit_and_the_neighbour_goes_on() {
             if !options.policy.mounts.is_empty() && !is_of_files {
                 continue;
             }
-            let mut session = open(options.clone());
-            run(&mut session, "pass").await;
+            let mut options = options.clone();
+            if name.starts_with(FULL) {
+                // It takes long to fill a larger one.
+                options.limits.disk_bytes = 16 << 20;
+            }
+            let mut session = open(options);
+            let prepare = if name.starts_with(FULL) { FILL } else { "pass" };
+            let unhurried = ExecuteOptions { limits: Some(Limits::default()) };
+            let prepared = session.execute_opts(prepare, unhurried).await.unwrap();
+            assert_eq!(prepared.outcome, Outcome::Completed, "{name}: {prepared:?}");
             let over = AtomicBool::new(false);
             let attack = async {
                 let since = Instant::now();

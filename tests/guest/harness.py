@@ -196,6 +196,10 @@ class Guest:
         reply["stdout"], reply["stderr"] = self.output()
         return reply
 
+    def forget_stop(self):
+        """As the host does when a turn begins: a signal that comes late has no reason."""
+        self.why = {"limit": None}
+
     def stop_after(self, seconds, why, times=1):
         """A soft stop: the signal, and the reason that the guest will be given."""
         self.why = why

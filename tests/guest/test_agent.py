@@ -535,7 +535,13 @@ class SoftStop(unittest.TestCase):
 
     def test_outside_of_a_cell(self):
         self.guest.stop_after(0, {"limit": "fuel"}).join()
+        self.guest.forget_stop()
         self.assertEqual(self.guest.cell("1")["value"], "1")
+
+    def test_before_the_code_begins(self):
+        self.guest.stop_after(0, {"limit": "fuel", "message": "m"}).join()
+        reply = self.guest.cell("while True: pass")
+        self.assertEqual((reply["outcome"], reply.get("limit")), ("raised", "fuel"))
 
     def test_report(self):
         self.guest.stop_after(0.3, {"limit": "compute", "message": "m"})
@@ -562,6 +568,7 @@ class SoftStop(unittest.TestCase):
             self.assertNotIn("error", reply)
             self.assertEqual(reply["outcome"], "raised")
             thread.join()
+            self.guest.forget_stop()
         self.assertEqual(self.guest.cell("1")["value"], "1")
 
 

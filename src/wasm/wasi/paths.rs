@@ -5,7 +5,7 @@ use wasmtime::{Caller, Linker, Result};
 use wasmtime_wasi::p1::wasi_snapshot_preview1::{self as preview1, WasiSnapshotPreview1};
 use wiggle::GuestMemory;
 
-use super::{ERRNO_NOSPC, ERRNO_SUCCESS, HOSTCALL_BYTES_MAX, MODULE, parts};
+use super::{ERRNO_NOSPC, ERRNO_SUCCESS, HOSTCALL_BYTES_MAX, MODULE, parts, reserve};
 use crate::wasm::files::{DIRECTORY_BYTES, FILE_BYTES};
 use crate::wasm::guest::{Guest, guest_slice, read_u32};
 
@@ -72,7 +72,7 @@ fn add_path_changes(linker: &mut Linker<Guest>) -> Result<()> {
                 let Some((fd, ptr, len)) = route(&mut caller, fd, ptr, len)? else {
                     return Ok(ERRNO_NAMETOOLONG);
                 };
-                if !caller.data_mut().files.reserve(fd as u32, DIRECTORY_BYTES) {
+                if !reserve(&mut caller, fd, DIRECTORY_BYTES)? {
                     return Ok(ERRNO_NOSPC);
                 }
                 let (mut memory, guest) = parts(&mut caller)?;
@@ -195,7 +195,7 @@ async fn path_open(
     if !caller.data().files.may_open() {
         return Ok(ERRNO_MFILE);
     }
-    if oflags & OFLAGS_CREAT != 0 && !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
+    if oflags & OFLAGS_CREAT != 0 && !reserve(&mut caller, fd, FILE_BYTES)? {
         return Ok(ERRNO_NOSPC);
     }
     if !opens_at_once(&mut caller, (fd, dirflags, ptr, len)).await? {
@@ -283,12 +283,17 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
         |mut caller: Caller<'_, Guest>,
          (fd, flags, ptr, len, to_fd, to_ptr, to_len): (i32, i32, i32, i32, i32, i32, i32)| {
             Box::new(async move {
-                let Some((fd, ptr, len)) = route(&mut caller, fd, ptr, len)? else { return Ok(ERRNO_NAMETOOLONG) };
-                let Some((to_fd, to_ptr, to_len)) = route(&mut caller, to_fd, to_ptr, to_len)? else { return Ok(ERRNO_NAMETOOLONG) };
+                let Some((fd, ptr, len)) = route(&mut caller, fd, ptr, len)? else {
+                    return Ok(ERRNO_NAMETOOLONG);
+                };
+                let Some((to_fd, to_ptr, to_len)) = route(&mut caller, to_fd, to_ptr, to_len)?
+                else {
+                    return Ok(ERRNO_NAMETOOLONG);
+                };
                 if caller.data().files.are_apart(fd as u32, to_fd as u32) {
                     return Ok(ERRNO_XDEV);
                 }
-                if !caller.data_mut().files.reserve(to_fd as u32, FILE_BYTES) {
+                if !reserve(&mut caller, to_fd, FILE_BYTES)? {
                     return Ok(ERRNO_NOSPC);
                 }
                 let (mut memory, guest) = parts(&mut caller)?;
@@ -310,7 +315,7 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
                 let Some((fd, to_ptr, to_len)) = route(&mut caller, fd, to_ptr, to_len)? else {
                     return Ok(ERRNO_NAMETOOLONG);
                 };
-                if !caller.data_mut().files.reserve(fd as u32, FILE_BYTES) {
+                if !reserve(&mut caller, fd, FILE_BYTES)? {
                     return Ok(ERRNO_NOSPC);
                 }
                 let (mut memory, guest) = parts(&mut caller)?;
