@@ -97,6 +97,8 @@ async fn a_wrong_answer_is_no_sample() {
             process("/bin/sh", &["-c", "echo why >&2; exit 1"]),
             "it says \"\" instead of \"2\\n\"; why",
         ),
+        (process("/bin/sh", &["-c", "echo 2; echo 3"]), "it says \"2\\n3\\n\" instead of"),
+        (process("/bin/sh", &["-c", "yes | head -c 1000000"]), "it says \"y\\ny\\n"),
         (process("/no/such/program", &[]), "/no/such/program: No such file"),
         (Sessions::new("x", "x", local()), "it has no process of its own"),
         (Sessions::new("x", "x", local()).elsewhere(), "it has no process of its own"),

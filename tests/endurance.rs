@@ -70,6 +70,18 @@ const SEED: &str = "KAA_ENDURANCE_SEED";
 const INSIDE: &str = "KAA_ENDURANCE_INSIDE";
 
 const TIME_DEFAULT: Duration = Duration::from_secs(20);
+/// From this time on every kind of stop has its turn.
+const MIX_TIME: Duration = Duration::from_secs(60);
+/// What there has to be, per minute: a fifth of what a busy machine of two processors does.
+const MIX: &[(&str, f64)] = &[
+    ("sessions", 300.0),
+    ("forks", 40.0),
+    ("rewinds", 40.0),
+    ("cells dropped", 30.0),
+    ("dropped at a checkpoint", 8.0),
+    ("other calls dropped", 15.0),
+    ("the one session: checked", 25.0),
+];
 /// Tasks at once that do what embedders do; beside them one has the session that lives through it, and
 /// one sessions in processes.
 const TASKS: u64 = 6;
@@ -220,6 +232,9 @@ async fn endure(directory: PathBuf) -> Vec<String> {
     report(&world, started.elapsed(), &moments, &watch.end());
     let warm = moments.iter().filter(|(at, _)| *at > time.as_secs_f64() / 5.0);
     let mut grown = judge::growth(&warm.copied().collect::<Vec<_>>());
+    if time >= MIX_TIME {
+        grown.extend(too_few(&world, time));
+    }
     let usage = world.runtime.usage();
     // The one that lives is all that is left.
     let left = usage.iter().map(|tenant| tenant.sessions).sum::<u32>();
@@ -227,6 +242,19 @@ async fn endure(directory: PathBuf) -> Vec<String> {
         grown.push(format!("{} sessions are on the books of tenants", left - 1));
     }
     grown
+}
+
+/// What there wasn't enough of for the rest to mean anything.
+fn too_few(world: &World, time: Duration) -> Vec<String> {
+    let tally = world.tally.all();
+    let mut missing = stops::missing(&tally);
+    for (what, per_minute) in MIX {
+        let count = tally.get(*what).copied().unwrap_or(0);
+        if (count as f64) < *per_minute * time.as_secs_f64() / 60.0 {
+            missing.push(format!("{count} {what}"));
+        }
+    }
+    missing.iter().map(|what| format!("nothing, as there was too little: {what}")).collect()
 }
 
 /// The local backend, where there is a Python for it.

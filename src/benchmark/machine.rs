@@ -48,6 +48,12 @@ impl Machine {
         }
     }
 
+    /// What else there was to do, if that is known.
+    pub(super) fn show_load(&self) -> String {
+        let load = self.load_percent.map(|percent| f64::from(percent) / 100.0);
+        load.map_or(String::new(), |load| format!("; load average at the beginning: {load:.2}"))
+    }
+
     /// As people read it.
     pub(super) fn show(&self) -> String {
         let mut text = format!("{} × {}", self.cpus, self.cpu.as_deref().unwrap_or("processor"));

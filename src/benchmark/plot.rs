@@ -179,10 +179,11 @@ impl Report {
     /// The mean of the set, and the parts that are nearest to the ends.
     fn cpu_panel(&self) -> Panel {
         let subjects = self.present(Role::Isolation);
-        let mut dots = Vec::new();
+        let (mut dots, parts) = (Vec::new(), self.common_cpu(&subjects));
         for subject in &subjects {
             let ratios = self.cpu_ratios(&subject.name, &subjects[0].name);
-            let ratios: Vec<f64> = ratios.into_iter().map(|(_, ratio)| ratio).collect();
+            let common = ratios.into_iter().filter(|(workload, _)| parts.contains(workload));
+            let ratios: Vec<f64> = common.map(|(_, ratio)| ratio).collect();
             let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
             let most = ratios.iter().copied().fold(0.0, f64::max);
             dots.push(geometric_mean(&ratios).map(|value| Dot { value, low: least, high: most }));
@@ -281,8 +282,10 @@ fn text(
     colour: RGBColor,
     (across, down): (HPos, VPos),
 ) -> Drawn {
+    // Not even written as numbers may these be in XML.
+    let words: String = words.chars().filter(|c| !c.is_control()).collect();
     let style = TextStyle::from(("sans-serif", size)).color(&colour).pos(Pos::new(across, down));
-    area.draw(&Text::new(words.to_owned(), at, style)).map_err(owned)
+    area.draw(&Text::new(words, at, style)).map_err(owned)
 }
 
 /// Pixels of a text, roughly.

@@ -1,5 +1,7 @@
 //! What a run found.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::figure::Figure;
@@ -10,6 +12,10 @@ use crate::error::{Error, Result};
 
 /// Of what this version writes. A report of another one isn't read.
 const FORMAT: u32 = 1;
+/// More have no place in a table.
+const SUBJECTS_MAX: usize = 64;
+/// Where dates end, in seconds since 1970.
+const YEAR_9999: u64 = 253_370_764_800;
 
 /// The figures of a run, with all that is needed to judge them.
 ///
@@ -132,10 +138,41 @@ impl Report {
             found,
         };
         let report: Self = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
-        match report.format {
-            FORMAT => Ok(report),
-            other => Err(wrong(format!("one of format {other}"))),
+        if report.format != FORMAT {
+            return Err(wrong(format!("one of format {}", report.format)));
         }
+        report.check().map_err(|reason| wrong(reason.to_owned()))?;
+        Ok(report)
+    }
+
+    /// Whether a run could have found this. A report may be anybody's.
+    fn check(&self) -> Result<(), &'static str> {
+        let all = Workload::all();
+        let names: HashSet<&str> = self.subjects.iter().map(|subject| &*subject.name).collect();
+        let workloads: HashSet<Workload> = self.workloads.iter().copied().collect();
+        let cells: HashSet<(&str, Workload)> =
+            self.cells.iter().map(|cell| (&*cell.subject, cell.workload)).collect();
+        if self.subjects.len() > SUBJECTS_MAX || names.len() < self.subjects.len() {
+            return Err("one with too many subjects, or two of one name");
+        }
+        if workloads.len() < self.workloads.len() || cells.len() < self.cells.len() {
+            return Err("one that has something twice");
+        }
+        if self.cells.len() > self.subjects.len() * all.len() {
+            return Err("one with figures of nobody");
+        }
+        if self.unix_seconds >= YEAR_9999 {
+            return Err("one of another age");
+        }
+        let ordered = |figure: &Figure| {
+            let Figure { least, p10, median, p90, most, .. } = *figure;
+            let order = [0.0, least, p10, median, p90, most, f64::MAX];
+            order.is_sorted()
+        };
+        if !self.cells.iter().filter_map(|cell| cell.figure.as_ref()).all(ordered) {
+            return Err("one with figures that are none");
+        }
+        Ok(())
     }
 
     /// What was found of a subject at a workload.
@@ -151,6 +188,15 @@ impl Report {
     /// Those of a role that were there.
     pub(super) fn present(&self, role: Role) -> Vec<&SubjectReport> {
         self.subjects.iter().filter(|s| s.role == role && s.absent.is_none()).collect()
+    }
+
+    /// The parts of the set that all of these have done who have done any.
+    pub(super) fn common_cpu(&self, subjects: &[&SubjectReport]) -> Vec<Workload> {
+        let parts = || CpuPart::ALL.into_iter().map(Workload::Cpu);
+        let has = |name: &str, part| self.figure(name, part).is_some();
+        let computing = subjects.iter().filter(|s| parts().any(|part| has(&s.name, part)));
+        let computing: Vec<_> = computing.collect();
+        parts().filter(|part| computing.iter().all(|s| has(&s.name, *part))).collect()
     }
 
     /// How often a subject's median is that of another's, for each workload that computes and that both

@@ -38,8 +38,8 @@ pub(super) fn rlm_cells() -> Vec<&'static str> {
 /// A cell that asks a model again and again, and prints the seconds that one call takes.
 pub(super) fn calls() -> String {
     format!(
-        "import time\nstart = time.perf_counter()\nfor _ in range({CALLS}):\n    llm_query('a')\n\
-         print((time.perf_counter() - start) / {CALLS})"
+        "import time\nstart = time.perf_counter()\nfor _ in range({CALLS}): said = llm_query('a')\n\
+         end = time.perf_counter()\nassert said == '{ANSWER}', said\nprint((end - start) / {CALLS})"
     )
 }
 

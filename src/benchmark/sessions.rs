@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::Value as Json;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Command;
+use tokio::task::JoinSet;
 
 use super::machine;
 use super::script::{self, ANSWER, FIRST_CELL, FIRST_STDOUT};
@@ -23,6 +25,8 @@ use crate::rlm::{Rlm, RlmOptions};
 const PAUSE: Duration = Duration::from_millis(1);
 /// How long a process may take from its start to its end.
 const COLD_TIME: Duration = Duration::from_secs(60);
+/// What is read of the output of such a process.
+const COLD_BYTES_MAX: u64 = 64 << 10;
 /// Sessions of a sample of [`Workload::Memory`]: no more than these, and no longer than that.
 const IDLE_SESSIONS_MAX: usize = 100;
 const IDLE_SESSIONS_MIN: usize = 4;
@@ -271,20 +275,25 @@ impl Source {
             }
             Ok(())
         };
-        let result = result.await;
+        let result: Result<(), Missed> = result.await;
+        // All of them, also if one can't be.
+        let mut closed = Ok(());
         for session in held {
-            session.close().await?;
+            closed = closed.and(session.close().await);
         }
-        result.map(|()| samples)
+        result?;
+        closed?;
+        Ok(samples)
     }
 
     async fn rate(&self) -> Result<f64, Missed> {
         let tasks = std::thread::available_parallelism().map_or(1, usize::from);
         let since = Instant::now();
-        let mut running = Vec::with_capacity(tasks);
+        // With the set its tasks end, whatever they wait for.
+        let mut running = JoinSet::new();
         for _ in 0..tasks {
             let (backend, options) = (Arc::clone(&self.backend), self.options());
-            running.push(tokio::spawn(async move {
+            running.spawn(async move {
                 let mut count = 0_u32;
                 while since.elapsed() < RATE_TIME {
                     let mut session = backend.open(options.clone()).await?;
@@ -293,11 +302,11 @@ impl Source {
                     count += 1;
                 }
                 Ok::<_, Missed>(count)
-            }));
+            });
         }
         let mut count = 0;
-        for task in running {
-            count += task.await.map_err(|error| Missed::because(error.to_string()))??;
+        while let Some(task) = running.join_next().await {
+            count += task.map_err(|error| Missed::because(error.to_string()))??;
         }
         Ok(f64::from(count) / since.elapsed().as_secs_f64())
     }
@@ -387,23 +396,41 @@ impl Subject for Sessions {
     }
 }
 
-/// How long a process takes that has to print what the first cell does.
+/// How long a process takes to the first line of its output, which has to be that of the first cell.
 pub(super) async fn cold_process(
     program: &std::path::Path,
     arguments: &[String],
 ) -> Result<f64, Missed> {
+    let failed = |error: std::io::Error| Missed::because(format!("{}: {error}", program.display()));
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-    let since = Instant::now();
-    let output = tokio::time::timeout(COLD_TIME, command.output());
-    let output = output.await.map_err(|_| Missed::because("its process didn't end"))?;
-    let elapsed = since.elapsed();
-    let output =
-        output.map_err(|error| Missed::because(format!("{}: {error}", program.display())))?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    check(&String::from_utf8_lossy(&output.stdout), FIRST_STDOUT)
-        .map_err(|Missed(reason)| Missed::because(format!("{reason}; {}", words.trim())))?;
-    Ok(elapsed.as_secs_f64())
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let all = async {
+        let since = Instant::now();
+        let mut child = command.spawn().map_err(failed)?;
+        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+            return Err(Missed::because("its process has no output"));
+        };
+        let mut line = String::new();
+        let mut stdout = BufReader::new(stdout.take(COLD_BYTES_MAX));
+        stdout.read_line(&mut line).await.map_err(failed)?;
+        let elapsed = since.elapsed();
+        // Each pipe is closed as soon as enough was read: whoever writes more into it ends by that.
+        let (out, err) = tokio::join!(rest_of(stdout), rest_of(stderr.take(COLD_BYTES_MAX)));
+        let (rest, words) = (out.map_err(failed)?, err.map_err(failed)?);
+        check(&(line + &rest), FIRST_STDOUT)
+            .map_err(|Missed(reason)| Missed::because(format!("{reason}; {}", words.trim())))?;
+        child.wait().await.map_err(failed)?;
+        Ok(elapsed.as_secs_f64())
+    };
+    let all = tokio::time::timeout(COLD_TIME, all);
+    all.await.unwrap_or_else(|_| Err(Missed::because("its process didn't end")))
+}
+
+async fn rest_of(mut stream: impl AsyncRead + Unpin) -> std::io::Result<String> {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).await?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// This machine's used memory, once nothing moves it any more.

@@ -1,6 +1,9 @@
 //! A run: every subject at every workload, in turns.
 
+use std::panic::AssertUnwindSafe;
 use std::time::{Duration, SystemTime};
+
+use futures_util::FutureExt;
 
 use super::figure::Figure;
 use super::machine::Machine;
@@ -94,8 +97,8 @@ impl Suite {
 
     /// Adds one that isn't there, with the reason.
     #[must_use]
-    pub fn absent(self, name: &str, reason: &str) -> Self {
-        let mut report = SubjectReport::new(name.to_owned(), Role::Isolation);
+    pub fn absent(self, role: Role, name: &str, reason: &str) -> Self {
+        let mut report = SubjectReport::new(name.to_owned(), role);
         report.absent = Some(reason.to_owned());
         self.entry(None, report)
     }
@@ -115,7 +118,13 @@ impl Suite {
         self
     }
 
-    fn entry(mut self, subject: Option<Box<dyn Subject>>, report: SubjectReport) -> Self {
+    /// Names are what figures are found by: a second one of a name has a number behind it.
+    fn entry(mut self, subject: Option<Box<dyn Subject>>, mut report: SubjectReport) -> Self {
+        let is_taken = |name: &str| self.entries.iter().any(|entry| entry.report.name == name);
+        if is_taken(&report.name) {
+            let numbered = (2..).map(|number| format!("{} ({number})", report.name));
+            report.name = numbered.into_iter().find(|name| !is_taken(name)).unwrap_or_default();
+        }
         self.entries.push(Entry { subject, report, cells: Vec::new() });
         self
     }
@@ -133,24 +142,26 @@ impl Suite {
             entry.cells = wanted.into_iter().map(|workload| (workload, Ok(Vec::new()))).collect();
         }
         let all = self.blocks();
-        let (mut done, count) = (0, self.entries.len());
+        let mut done = 0;
         for lap in 0..=self.laps {
             let due = |workload: &Workload| !workload.is_done_once() || lap == self.laps;
             for workload in Workload::all().into_iter().filter(due) {
-                for turn in 0..count {
-                    let entry = &mut self.entries[(turn + lap as usize) % count];
-                    if entry.takes(workload) {
-                        let subject = entry.report.name.clone();
-                        event(Event::Measure { done: done.min(all), all, subject, workload });
-                        entry.measure(workload, lap == 0).await;
-                        done += 1;
-                    }
+                let takers: Vec<usize> = (0..self.entries.len())
+                    .filter(|at| self.entries[*at].takes(workload))
+                    .collect();
+                for turn in 0..takers.len() {
+                    let entry = &mut self.entries[takers[(turn + lap as usize) % takers.len()]];
+                    let subject = entry.report.name.clone();
+                    event(Event::Measure { done: done.min(all), all, subject, workload });
+                    entry.measure(workload, lap == 0).await;
+                    done += 1;
                 }
             }
         }
         for entry in &mut self.entries {
             if let Some(subject) = &mut entry.subject {
-                subject.close().await;
+                // What it can't give back in time goes with the process.
+                let _ = within_time(subject.close().map(Ok)).await;
             }
         }
         self.report(machine, at.as_secs())
@@ -209,7 +220,8 @@ impl Entry {
             true => Block { samples: block.samples.div_ceil(2), time: block.time },
             false => block,
         };
-        match (within_time(subject.measure(workload, &block)).await, &mut *all) {
+        let samples = within_time(subject.measure(workload, &block)).await;
+        match (samples.and_then(sound), &mut *all) {
             (Ok(samples), Ok(all)) if !warms_up => all.extend(samples),
             (Ok(_), _) => {}
             (Err(missed), _) => *all = Err(missed),
@@ -217,9 +229,21 @@ impl Entry {
     }
 }
 
+/// Samples that can be ones.
+fn sound(samples: Vec<f64>) -> Result<Vec<f64>, Missed> {
+    match samples.iter().find(|sample| !sample.is_finite() || **sample < 0.0) {
+        Some(sample) => Err(Missed::because(format!("it gave {sample} for a sample"))),
+        None if samples.is_empty() => Err(Missed::because("it gave no sample")),
+        None => Ok(samples),
+    }
+}
+
+/// What a subject does, unless it takes too long or panics: the others are measured all the same.
 async fn within_time<T>(work: impl Future<Output = Result<T, Missed>>) -> Result<T, Missed> {
     let minutes = BLOCK_TIME_MAX.as_secs() / 60;
-    tokio::time::timeout(BLOCK_TIME_MAX, work)
-        .await
-        .unwrap_or_else(|_| Err(Missed::because(format!("it took longer than {minutes} min"))))
+    match tokio::time::timeout(BLOCK_TIME_MAX, AssertUnwindSafe(work).catch_unwind()).await {
+        Ok(Ok(done)) => done,
+        Ok(Err(_)) => Err(Missed::because("it panicked")),
+        Err(_) => Err(Missed::because(format!("it took longer than {minutes} min"))),
+    }
 }

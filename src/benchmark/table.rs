@@ -60,10 +60,13 @@ impl Report {
         if self.cpu_ratios(&base.name, &base.name).is_empty() {
             return;
         }
-        let _ = write!(text, "| CPU, geometric mean to `{}` |", cell(&base.name));
+        let parts = self.common_cpu(subjects);
+        let of = format!("of {} parts, to `{}`", parts.len(), cell(&base.name));
+        let _ = write!(text, "| CPU, geometric mean {of} |");
         for subject in subjects {
             let ratios = self.cpu_ratios(&subject.name, &base.name);
-            let ratios: Vec<f64> = ratios.into_iter().map(|(_, ratio)| ratio).collect();
+            let common = ratios.into_iter().filter(|(workload, _)| parts.contains(workload));
+            let ratios: Vec<f64> = common.map(|(_, ratio)| ratio).collect();
             let mean = geometric_mean(&ratios).map_or("–".into(), |mean| digits(mean) + " ×");
             let _ = write!(text, " {mean} |");
         }
@@ -116,11 +119,12 @@ impl Report {
         let date = date.split(' ').skip(1).take(3).collect::<Vec<_>>().join(" ");
         let _ = writeln!(
             text,
-            "Kaa {}{}, {date}; {}; {} laps after one that warms up.",
-            self.kaa,
+            "Kaa {}{}, {date}; {}; {} laps after one that warms up{}.",
+            cell(&self.kaa),
             if self.is_release { "" } else { " (not built for speed: these figures are too high)" },
-            self.machine.show(),
+            cell(&self.machine.show()),
             self.laps,
+            self.machine.show_load(),
         );
     }
 }
@@ -135,8 +139,8 @@ fn write_head(text: &mut String, title: &str, subjects: &[&SubjectReport]) {
     text.push('\n');
 }
 
-/// A text as part of a row: what would end the row or the cell is shown as something else.
+/// A text as part of a row: what would end the row or the cell, or begin a tag, is shown as something else.
 fn cell(text: &str) -> String {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    text.replace('|', "\\|")
+    text.replace('|', "\\|").replace('<', "&lt;")
 }

@@ -25,7 +25,7 @@ const BLOCK_TIME: Duration = Duration::from_millis(1_500);
 #[serde(into = "String", try_from = "String")]
 #[non_exhaustive]
 pub enum Workload {
-    /// A process from its start to the end of what it prints.
+    /// A process from its start to its first line of output.
     Cold,
     /// A session from its opening to the result of its first cell.
     Session,
@@ -50,7 +50,8 @@ pub enum Workload {
     /// What this machine holds in memory for a session that has run a cell and waits, the kernel's part and
     /// that of helpers included.
     Memory,
-    /// Sessions with one cell each per second, as many at a time as there are processors.
+    /// Sessions with one cell each per second, as many at a time as there are processors. `exec` in one
+    /// process does one at a time.
     Rate,
 }
 

@@ -90,6 +90,7 @@ pub(super) fn run(command: BenchCommand) -> Result<Ending, Failure> {
     // Several workers, as in a server; and what runs on one needs no thread to be woken.
     let reactor = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let reactor = reactor.map_err(|e| Failure::Failed(format!("starting the runtime: {e}")))?;
+    let costs = flags.backends.contains(&Column::Modal);
     let suite = columns::suite(*flags, &wanted, console, &reactor)?;
     let run = async {
         let mut signals = Signals::listen()?;
@@ -105,8 +106,11 @@ pub(super) fn run(command: BenchCommand) -> Result<Ending, Failure> {
                 .map_err(|e| Failure::Failed(format!("measuring: {e}; please report it"))),
             ending = signals.next() => {
                 running.abort();
-                // Its sessions go with it.
+                // Its sessions go with it, those at Modal by tasks of the runtime.
                 let _ = running.await;
+                if costs {
+                    tokio::time::sleep(super::signals::LEAVING_TIME).await;
+                }
                 Ok(Err(ending))
             }
         }

@@ -159,6 +159,12 @@ impl DockerPlan {
         arguments.into_iter().map(str::to_owned).collect()
     }
 
+    /// Whether containers are on this machine, as far as the engine's address tells.
+    #[cfg(feature = "benchmark")]
+    pub(super) fn is_here(&self) -> bool {
+        self.0.host.socket().is_some()
+    }
+
     /// What engine it is, and its version.
     #[cfg(feature = "benchmark")]
     pub(super) async fn engine(&self) -> Result<String, Failure> {

@@ -88,10 +88,6 @@ impl Parts {
         globals[number]["bits"] = bits.into();
     }
 
-    pub(crate) fn globals(&self) -> usize {
-        self.header["globals"].as_array().unwrap().len()
-    }
-
     pub(crate) fn memory_pages(&self) -> u32 {
         (self.header["memory_bytes"].as_u64().unwrap() / PAGE as u64) as u32
     }

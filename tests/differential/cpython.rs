@@ -153,8 +153,8 @@ fn did(report: &Json) -> Did {
 pub(crate) fn find() -> &'static Result<(), String> {
     static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
     FOUND.get_or_init(|| {
-        let script =
-            format!("import sys; sys.exit(sys.version.split('.')[:2] < {OLDEST:?}.split('.'))");
+        let numbers = OLDEST.replace('.', ", ");
+        let script = format!("import sys; sys.exit(sys.version_info < ({numbers}))");
         let mut command = Command::new("python3");
         match command.args(["-I", "-c", &script]).stdin(Stdio::null()).status() {
             Ok(status) if status.success() => Ok(()),

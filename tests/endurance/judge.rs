@@ -16,6 +16,10 @@ pub(crate) fn growth(moments: &[(f64, Sample)]) -> Vec<String> {
     for (number, metric) in METRICS.iter().enumerate() {
         let points: Vec<(f64, f64)> =
             moments.iter().map(|(at, sample)| (*at, sample[number] as f64)).collect();
+        // Of two moments a single bad one would decide.
+        if points.len() < 3 {
+            continue;
+        }
         let (ends, slope) = (between_ends(&points), along_slope(&points));
         if ends.min(slope) > metric.slack as f64 {
             let unit = metric.unit as f64;

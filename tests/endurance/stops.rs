@@ -1,5 +1,6 @@
 //! Every way for a cell to be stopped, and what is left of its session.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -259,7 +260,7 @@ pub(crate) async fn run(world: &World, stop: &Stop) {
     }
     check(stop, &stopped);
     assert_eq!(after.stdout.text(), expected, "after {}", stop.code);
-    world.tally.note(&format!("stopped by {}, {}", stop.by, kind(stop.end)));
+    world.tally.note(&name_of(stop));
 }
 
 fn kind(end: End) -> &'static str {
@@ -305,4 +306,14 @@ impl LmHandler for Counted {
         let response = if most <= 2 { "at most 2".to_owned() } else { format!("{most}") };
         Ok(LmCompletion { model: "counted".into(), response, ..LmCompletion::default() })
     }
+}
+
+/// Stops that no cell had.
+pub(crate) fn missing(tally: &BTreeMap<String, u64>) -> Vec<String> {
+    let names = STOPS.iter().map(name_of);
+    names.filter(|name| !tally.contains_key(name)).collect()
+}
+
+fn name_of(stop: &Stop) -> String {
+    format!("stopped by {}, {}", stop.by, kind(stop.end))
 }

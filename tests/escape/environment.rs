@@ -44,14 +44,14 @@ fn host_words() -> Vec<String> {
         store_root().display().to_string(),
         std::env::current_dir().unwrap().display().to_string(),
         std::env::current_exe().unwrap().display().to_string(),
-        read("/proc/sys/kernel/hostname"),
         read("/proc/sys/kernel/osrelease"),
         read("/etc/machine-id"),
         read("/proc/sys/kernel/random/boot_id"),
     ];
-    for variable in ["HOME", "PATH", "PWD", "CARGO_HOME", "CARGO_MANIFEST_DIR", "HOSTNAME"] {
+    for variable in ["HOME", "PATH", "PWD", "CARGO_HOME", "CARGO_MANIFEST_DIR"] {
         words.extend(std::env::var(variable));
     }
+    // A host's name may be one that Python's own texts have, such as `localhost`.
     // A short word is in any memory by chance, and the guest has a home of its own.
     words.retain(|word| word.len() > 4 && word != "/root");
     words

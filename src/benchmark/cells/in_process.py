@@ -4,17 +4,23 @@ Reads one JSON object per line, measures what it names, and writes one with the 
 reason why there are none. A session is a dict of globals, a cell is exec with its output kept.
 """
 
-import builtins
-import contextlib
-import io
-import json
-import os
-import re
 import sys
-import time
-import tracemalloc
+
+# A module that happens to lie where this is started is none of the interpreter's.
+sys.path[:] = [path for path in sys.path if path]
+
+import builtins  # noqa: E402
+import contextlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+import tracemalloc  # noqa: E402
 
 clock = time.perf_counter
+# As the others have between two samples.
+PAUSE = 0.001
 
 
 def session():
@@ -158,6 +164,7 @@ def answer_to(task):
     since, found = clock(), []
     while len(found) < task["samples"] and (not found or clock() - since < task["seconds"]):
         found.append(sample())
+        time.sleep(PAUSE)
     HELD.clear()
     return {"samples": found}
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use kaa::benchmark::{InProcess, Sessions, Suite};
+use kaa::benchmark::{InProcess, Role, Sessions, Suite};
 use kaa::{Backend, Limits, LocalBackend, Metering, Runtime, WasmBackend};
 
 use super::{IsolationFlags, Wanted};
@@ -85,7 +85,7 @@ pub(super) fn suite(
                 continue;
             }
             Column::Local => maker.local_sessions(&name),
-            Column::Wasm => Ok(maker.wasm(&name)?),
+            Column::Wasm => maker.wasm(&name),
             Column::Docker => maker.docker(&name, None),
             // An engine that doesn't know gVisor is no mistake of who typed the command.
             Column::DockerGvisor => {
@@ -100,7 +100,7 @@ pub(super) fn suite(
         suite = match made {
             Ok(sessions) => suite.subject(sessions),
             // What isn't there has a row with its reason. What was typed wrong has none.
-            Err(Failure::Failed(reason)) => suite.absent(&name, &reason),
+            Err(Failure::Failed(reason)) => suite.absent(Role::Isolation, &name, &reason),
             Err(other) => return Err(other),
         };
     }
@@ -111,7 +111,11 @@ pub(super) fn suite(
             ("wasmtime's epochs", Metering::WasmtimeEpochs),
             ("wasmtime's fuel", Metering::WasmtimeFuel),
         ] {
-            suite = suite.metering(maker.metering(name, metering)?);
+            suite = match maker.metering(name, metering) {
+                Ok(sessions) => suite.metering(sessions),
+                Err(Failure::Failed(reason)) => suite.absent(Role::Metering, name, &reason),
+                Err(other) => return Err(other),
+            };
         }
     }
     Ok(suite)
@@ -135,7 +139,9 @@ impl Maker<'_> {
     /// Refuses flags that are wrong, before minutes go into what comes first.
     fn check(&self, columns: &[Column]) -> Result<(), Failure> {
         let flags = &self.flags;
-        if columns.contains(&Column::Docker) && docker::CAPABILITIES.is_some() {
+        if columns.iter().any(|c| matches!(c, Column::Docker | Column::DockerGvisor))
+            && docker::CAPABILITIES.is_some()
+        {
             match flags.docker.clone().resolve(flags.python.clone(), None, None) {
                 // That there is no engine is a finding.
                 Ok(_) | Err(Failure::Failed(_)) => {}
@@ -195,7 +201,9 @@ impl Maker<'_> {
         let processes = self.reactor.block_on(connecting)?;
         let engine = self.reactor.block_on(plan.engine())?;
         let what = format!("{}, {engine}", processes.what);
-        Ok(Sessions::new(name, what, processes.backend).cold(&self.kaa, cold(arguments)))
+        let sessions = Sessions::new(name, what, processes.backend);
+        let sessions = if plan.is_here() { sessions } else { sessions.elsewhere() };
+        Ok(sessions.cold(&self.kaa, cold(arguments)))
     }
 
     fn modal(&self, name: &str) -> Result<Sessions, Failure> {

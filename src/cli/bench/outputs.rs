@@ -19,19 +19,12 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 pub(super) struct Outputs {
     json: Option<Target>,
     plot: Option<Target>,
-    markdown: Option<Page>,
+    markdown: Option<Target>,
 }
 
 struct Target {
     flag: &'static str,
     path: PathBuf,
-}
-
-/// A file with the tables in it, and what is around them.
-struct Page {
-    target: Target,
-    before: String,
-    after: String,
 }
 
 /// Reads the report of `--from`.
@@ -47,10 +40,8 @@ impl Outputs {
         markdown: Option<PathBuf>,
     ) -> Result<Self, Failure> {
         let target = |flag, path: Option<PathBuf>| path.map(|p| Target::open(flag, p)).transpose();
-        let markdown = match target("--markdown", markdown)? {
-            Some(target) => Some(Page::open(target)?),
-            None => None,
-        };
+        let markdown = target("--markdown", markdown)?;
+        markdown.as_ref().map(around).transpose()?;
         Ok(Self { json: target("--json", json)?, plot: target("--plot", plot)?, markdown })
     }
 
@@ -59,15 +50,18 @@ impl Outputs {
         if let Some(target) = &self.json {
             target.write(&report.to_json())?;
         }
+        let tables = report.markdown();
+        console.line(tables.trim_end())?;
+        if let Some(target) = &self.markdown {
+            // Read again: somebody may have written in it while it was measured.
+            let (before, after) = around(target)?;
+            target.write(&format!("{before}{BEGIN}\n\n{tables}\n{END}{after}"))?;
+        }
         if let Some(target) = &self.plot {
             let svg = report.plot().map_err(|error| Failure::usage(target.flag, error))?;
             target.write(&svg)?;
         }
-        let tables = report.markdown();
-        if let Some(Page { target, before, after }) = &self.markdown {
-            target.write(&format!("{before}{BEGIN}\n\n{tables}\n{END}{after}"))?;
-        }
-        console.line(tables.trim_end())
+        Ok(())
     }
 }
 
@@ -85,43 +79,41 @@ impl Target {
     }
 }
 
-impl Page {
-    fn open(target: Target) -> Result<Self, Failure> {
-        let text = read_text(target.flag, &target.path, FILE_BYTES_MAX)?;
-        if text.trim().is_empty() {
-            return Ok(Self { target, before: String::new(), after: "\n".into() });
-        }
-        let parts = text.split_once(BEGIN).and_then(|(before, rest)| {
-            let (_, after) = rest.split_once(END)?;
-            Some((before.to_owned(), after.to_owned()))
-        });
-        let (before, after) = parts.ok_or_else(|| {
-            let reason = format!(
-                "{} has something else in it; name a new file, or put the lines `{BEGIN}` and `{END}` \
-                 where the tables belong",
-                target.path.display()
-            );
-            Failure::usage(target.flag, reason)
-        })?;
-        Ok(Self { target, before, after })
+/// What is before and after the tables in a page.
+fn around(target: &Target) -> Result<(String, String), Failure> {
+    let text = read_text(target.flag, &target.path, FILE_BYTES_MAX)?;
+    if text.trim().is_empty() {
+        return Ok((String::new(), "\n".into()));
     }
+    let parts = text.split_once(BEGIN).and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(END)?;
+        Some((before.to_owned(), after.to_owned()))
+    });
+    parts.ok_or_else(|| {
+        let reason = format!(
+            "{} has something else in it; name a new file, or put the lines `{BEGIN}` and `{END}` where \
+             the tables belong",
+            target.path.display()
+        );
+        Failure::usage(target.flag, reason)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn page(text: &str) -> Result<Page, Failure> {
+    fn page(text: &str) -> Result<(String, String), Failure> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("page.md");
         fs::write(&path, text).unwrap();
-        Page::open(Target::open("--markdown", path)?)
+        around(&Target::open("--markdown", path)?)
     }
 
     #[test]
     fn tables_go_between_the_marks_and_nowhere_else() {
         let found = page(&format!("a\n{BEGIN}\nold\n{END}\nb\n")).expect("it has marks");
-        assert_eq!((&*found.before, &*found.after), ("a\n", "\nb\n"));
+        assert_eq!(found, ("a\n".into(), "\nb\n".into()));
         assert!(page("").is_ok());
         for text in ["a page", BEGIN, END, &format!("{END}{BEGIN}")] {
             match page(text) {

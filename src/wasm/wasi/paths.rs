@@ -38,7 +38,8 @@ pub(super) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
     add_path_changes(linker)?;
     add_times(linker)?;
     add_path_queries(linker)?;
-    add_pairs_of_paths(linker)
+    add_pairs_of_paths(linker)?;
+    add_symlink(linker)
 }
 
 /// Where a path that the guest names goes on: see `Files::route`. `None` for one that is too long.
@@ -303,6 +304,11 @@ fn add_pairs_of_paths(linker: &mut Linker<Guest>) -> Result<()> {
             })
         },
     )?;
+    Ok(())
+}
+
+/// `path_symlink`: only the link itself is routed, its target is a text.
+fn add_symlink(linker: &mut Linker<Guest>) -> Result<()> {
     linker.func_wrap_async(
         MODULE,
         "path_symlink",
