@@ -17,12 +17,10 @@ mod models;
 mod single;
 
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use kaa::benchmark::pause;
 use serde_json::{Value as Json, json};
-
-/// Long enough for a checkpoint or the recycling of an instance to be over.
-const PAUSE: Duration = Duration::from_millis(1);
 
 /// Collects figures.
 struct Report {
@@ -76,18 +74,6 @@ impl Report {
 
 fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
-}
-
-/// Lets the background work of this thread run, and waits without letting the processor sleep, which
-/// would add its wake-up to the next figure, or the task move to another one.
-async fn pause() {
-    let since = Instant::now();
-    for _ in 0..3 {
-        tokio::task::yield_now().await;
-    }
-    while since.elapsed() < PAUSE {
-        std::hint::spin_loop();
-    }
 }
 
 /// Times of `rounds` runs in milliseconds; the first ones, which warm up, are left out.

@@ -42,7 +42,7 @@ pub use self::figure::Figure;
 pub use self::in_process::InProcess;
 pub use self::machine::Machine;
 pub use self::report::{Cell, Report, Role, SubjectReport};
-pub use self::sessions::Sessions;
+pub use self::sessions::{Sessions, pause};
 pub use self::subject::{Facts, Missed, Subject};
 pub use self::suite::{Event, Suite};
 pub use self::workload::{Block, CpuPart, Unit, Workload};

@@ -9,7 +9,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::script;
-use super::sessions::cold_process;
+use super::sessions::{cold_process, pause};
 use super::subject::{Facts, Missed, Subject};
 use super::workload::{Block, Workload};
 
@@ -101,9 +101,9 @@ impl InProcess {
         let arguments = ["-c", script::FIRST_CELL].map(str::to_owned);
         let since = std::time::Instant::now();
         let mut samples = Vec::new();
-        while samples.is_empty() || (samples.len() < block.samples && since.elapsed() < block.time)
-        {
+        while block.goes_on(samples.len(), since) {
             samples.push(cold_process(executable, &arguments).await?);
+            pause().await;
         }
         Ok(samples)
     }

@@ -179,15 +179,13 @@ impl Report {
     /// The mean of the set, and the parts that are nearest to the ends.
     fn cpu_panel(&self) -> Panel {
         let subjects = self.present(Role::Isolation);
-        let (mut dots, parts) = (Vec::new(), self.common_cpu(&subjects));
-        for subject in &subjects {
-            let ratios = self.cpu_ratios(&subject.name, &subjects[0].name);
-            let common = ratios.into_iter().filter(|(workload, _)| parts.contains(workload));
-            let ratios: Vec<f64> = common.map(|(_, ratio)| ratio).collect();
-            let least = ratios.iter().copied().fold(f64::INFINITY, f64::min);
-            let most = ratios.iter().copied().fold(0.0, f64::max);
-            dots.push(geometric_mean(&ratios).map(|value| Dot { value, low: least, high: most }));
-        }
+        let (_, ratios) = self.cpu_ratios(&subjects);
+        let dot = |ratios: &Vec<f64>| {
+            let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
+            let high = ratios.iter().copied().fold(0.0, f64::max);
+            geometric_mean(ratios).map(|value| Dot { value, low, high })
+        };
+        let dots = ratios.iter().map(dot).collect();
         let label = "CPU set, geometric mean".to_owned();
         Panel {
             title: "Computing, to the first: less is better; the line goes over the parts of the set",

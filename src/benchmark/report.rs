@@ -190,24 +190,31 @@ impl Report {
         self.subjects.iter().filter(|s| s.role == role && s.absent.is_none()).collect()
     }
 
-    /// The parts of the set that all of these have done who have done any.
-    pub(super) fn common_cpu(&self, subjects: &[&SubjectReport]) -> Vec<Workload> {
-        let parts = || CpuPart::ALL.into_iter().map(Workload::Cpu);
-        let has = |name: &str, part| self.figure(name, part).is_some();
-        let computing = subjects.iter().filter(|s| parts().any(|part| has(&s.name, part)));
-        let computing: Vec<_> = computing.collect();
-        parts().filter(|part| computing.iter().all(|s| has(&s.name, *part))).collect()
+    /// How often a subject's median is that of another's, if both have done it and it took time.
+    pub(super) fn ratio(&self, subject: &str, base: &str, workload: Workload) -> Option<f64> {
+        let own = self.figure(subject, workload)?.median;
+        let base = self.figure(base, workload)?.median;
+        (base > 0.0 && own > 0.0).then_some(own / base)
     }
 
-    /// How often a subject's median is that of another's, for each workload that computes and that both
-    /// have done.
-    pub(super) fn cpu_ratios(&self, subject: &str, base: &str) -> Vec<(Workload, f64)> {
-        let cpu = CpuPart::ALL.into_iter().map(Workload::Cpu);
-        cpu.filter_map(|workload| {
-            let own = self.figure(subject, workload)?.median;
-            let base = self.figure(base, workload)?.median;
-            (base > 0.0 && own > 0.0).then_some((workload, own / base))
-        })
-        .collect()
+    /// Of the set that computes, the parts that all of these have done who have done any; and for each
+    /// subject its ratios to the first one at them.
+    pub(super) fn cpu_ratios(&self, subjects: &[&SubjectReport]) -> (usize, Vec<Vec<f64>>) {
+        let Some(base) = subjects.first() else { return (0, Vec::new()) };
+        let parts = || CpuPart::ALL.map(Workload::Cpu).into_iter();
+        let ratio = |subject: &SubjectReport, part| self.ratio(&subject.name, &base.name, part);
+        let all = |subject: &SubjectReport| -> Vec<Option<f64>> {
+            parts().map(|part| ratio(subject, part)).collect()
+        };
+        let all: Vec<Vec<Option<f64>>> = subjects.iter().map(|subject| all(subject)).collect();
+        let computing = || all.iter().filter(|ratios| ratios.iter().any(Option::is_some));
+        let is_common = |part: &usize| computing().all(|ratios| ratios[*part].is_some());
+        let common: Vec<usize> = (0..parts().count()).filter(is_common).collect();
+        let of_common =
+            |ratios: &Vec<Option<f64>>| common.iter().filter_map(|part| ratios[*part]).collect();
+        (
+            if computing().next().is_some() { common.len() } else { 0 },
+            all.iter().map(of_common).collect(),
+        )
     }
 }

@@ -18,7 +18,7 @@ use crate::environment::{
     Backend, Context, Environment, EnvironmentExt, EnvironmentOptions, Outcome, Status,
 };
 use crate::limits::Limits;
-use crate::lm::{BudgetLimits, LmCompletion, LmError, LmHandler, LmRequest, Prompt};
+use crate::lm::{LmCompletion, LmError, LmHandler, LmRequest, Prompt};
 use crate::rlm::{Rlm, RlmOptions};
 
 /// Long enough for what a backend does after a cell, as a model would take longer to think.
@@ -188,7 +188,7 @@ impl Source {
         Ok(session)
     }
 
-    /// A process, from its start to its end.
+    /// A process, from its start to its first output.
     async fn cold_process(&self) -> Result<f64, Missed> {
         let none = || Missed::because("it has no process of its own");
         let (program, arguments) = self.cold.as_ref().ok_or_else(none)?;
@@ -230,8 +230,7 @@ impl Source {
 
     async fn rlm(&self) -> Result<f64, Missed> {
         let environment = EnvironmentOptions { lm: None, ..self.options() };
-        let options =
-            RlmOptions { environment, budget: BudgetLimits::default(), ..RlmOptions::default() };
+        let options = RlmOptions { environment, ..RlmOptions::default() };
         let turns = Arc::new(Turns(script::rlm_cells()));
         let rlm = Rlm::new(Arc::clone(&self.backend), turns, options)?;
         let context = Context::Text(script::text(script::RLM_BYTES));
@@ -380,8 +379,7 @@ impl Subject for Sessions {
         }
         let since = Instant::now();
         let mut samples = Vec::with_capacity(block.samples);
-        while samples.is_empty() || (samples.len() < block.samples && since.elapsed() < block.time)
-        {
+        while block.goes_on(samples.len(), since) {
             samples.push(self.sample(workload).await?);
             pause().await;
         }
@@ -485,9 +483,9 @@ async fn clocked(session: &mut dyn Environment, code: &str) -> Result<f64, Misse
         .ok_or_else(|| Missed::because(format!("it says {said:?}, which is no time")))
 }
 
-/// Lets what is in the background run, without letting the processor sleep: its wake-up would be in the
-/// next sample.
-async fn pause() {
+/// What the suite has between two samples: a millisecond, in which what is in the background runs, and the
+/// processor doesn't sleep, whose wake-up would be in the next sample.
+pub async fn pause() {
     let since = Instant::now();
     for _ in 0..3 {
         tokio::task::yield_now().await;

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use super::figure::{digits, geometric_mean};
 use super::report::{Report, Role, SubjectReport};
+use super::workload::{CpuPart, Workload};
 
 impl Report {
     /// The report in Markdown: who was measured, on what machine, the medians with the tenth and the
@@ -57,17 +58,14 @@ impl Report {
 
     /// A row of means over the parts that compute, to the first of the subjects.
     fn write_means(&self, text: &mut String, base: &SubjectReport, subjects: &[&SubjectReport]) {
-        if self.cpu_ratios(&base.name, &base.name).is_empty() {
+        let (parts, ratios) = self.cpu_ratios(subjects);
+        if parts == 0 {
             return;
         }
-        let parts = self.common_cpu(subjects);
-        let of = format!("of {} parts, to `{}`", parts.len(), cell(&base.name));
-        let _ = write!(text, "| CPU, geometric mean {of} |");
-        for subject in subjects {
-            let ratios = self.cpu_ratios(&subject.name, &base.name);
-            let common = ratios.into_iter().filter(|(workload, _)| parts.contains(workload));
-            let ratios: Vec<f64> = common.map(|(_, ratio)| ratio).collect();
-            let mean = geometric_mean(&ratios).map_or("–".into(), |mean| digits(mean) + " ×");
+        let base = cell(&base.name);
+        let _ = write!(text, "| CPU, geometric mean of {parts} parts, to `{base}` |");
+        for ratios in &ratios {
+            let mean = geometric_mean(ratios).map_or("–".into(), |mean| digits(mean) + " ×");
             let _ = write!(text, " {mean} |");
         }
         text.push('\n');
@@ -78,15 +76,13 @@ impl Report {
         let Some(base) = subjects.first() else { return };
         let head = format!("what metering costs, to `{}`", base.name);
         write_head(text, &head, &subjects);
-        for (workload, _) in self.cpu_ratios(&base.name, &base.name) {
-            let _ = write!(text, "| {} |", workload.title());
+        let is_done = |part: &Workload| self.figure(&base.name, *part).is_some();
+        for part in CpuPart::ALL.map(Workload::Cpu).into_iter().filter(is_done) {
+            let _ = write!(text, "| {} |", part.title());
             for subject in &subjects {
-                let ratios = self.cpu_ratios(&subject.name, &base.name);
-                let ratio = ratios.iter().find(|(found, _)| *found == workload);
-                let _ = match ratio {
-                    Some((_, ratio)) => write!(text, " {} × |", digits(*ratio)),
-                    None => write!(text, " – |"),
-                };
+                let ratio = self.ratio(&subject.name, &base.name, part);
+                let shown = ratio.map_or("–".into(), |ratio| digits(ratio) + " ×");
+                let _ = write!(text, " {shown} |");
             }
             text.push('\n');
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,14 @@ pub struct Block {
     pub samples: usize,
     /// No further one begins after this time. The first is taken anyway.
     pub time: Duration,
+}
+
+impl Block {
+    /// Whether another sample is to be taken, after so many since then.
+    #[must_use]
+    pub fn goes_on(&self, taken: usize, since: Instant) -> bool {
+        taken == 0 || (taken < self.samples && since.elapsed() < self.time)
+    }
 }
 
 impl CpuPart {
