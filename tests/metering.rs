@@ -274,7 +274,9 @@ fn what_cannot_be_rewritten_is_refused_with_a_sentence() {
             "(memory 1) (data (i32.const 0) \"a\") (func $s) (start $s)",
             "has a start function and data segments",
         ),
-        ("(func (export \"kaa:fuel\"))", "already has an export kaa:fuel"),
+        ("(func (export \"kaa:fuel\"))", "exports \"kaa:fuel\": names from kaa: on are"),
+        // None of those that are added, but the host would take it for a global's.
+        ("(func (export \"kaa:global:9\"))", "exports \"kaa:global:9\""),
         ("(memory 1) (data (i32.const 0) \"a\") (func data.drop 0)", "is not valid"),
         ("(func try catch_all end)", "uses legacy exceptions"),
     ];
@@ -286,6 +288,9 @@ fn what_cannot_be_rewritten_is_refused_with_a_sentence() {
     let options = Options { meter: false, export_functions: vec!["a".to_owned(), "b".to_owned()] };
     let error = instrument(&module("(func $a)"), &options).unwrap_err().to_string();
     assert_eq!(error, "the name section names no function b");
+    let twice = Options { meter: false, export_functions: vec!["a".to_owned(); 2] };
+    let error = instrument(&module("(func $a)"), &twice).unwrap_err().to_string();
+    assert_eq!(error, "function a is to be exported twice");
     assert!(instrument(b"\0asm", &options).is_err());
     // Each prefix of a module is an error or, where it ends between sections, a module.
     let whole = module(SHAPES[10].1);

@@ -20,7 +20,7 @@
 //!
 //! A module that this pass cannot rewrite faithfully is refused, never changed in meaning: passive
 //! data segments, data at offsets that are not constant, imported, shared or several memories,
-//! 64-bit memories and tables. The output is always validated.
+//! 64-bit memories and tables, exports whose names begin like those above. The output is always validated.
 //!
 //! Sections and function bodies are copied as bytes wherever nothing in them changes.
 
@@ -49,6 +49,8 @@ use super::meter::{self, Surroundings};
 
 /// Module and name of the import that is called when fuel is below 0.
 pub const SLICE_IMPORT: (&str, &str) = ("kaa", "slice");
+/// How the names of all added exports begin. A module that has such an export is refused.
+pub const EXPORT_PREFIX: &str = "kaa:";
 /// The exported fuel global.
 pub const FUEL_EXPORT: &str = "kaa:fuel";
 /// The exported global that fuel must not go below.
@@ -143,9 +145,15 @@ pub enum InstrumentError {
         /// Its name.
         name: String,
     },
-    /// An export that this pass adds is there already.
-    #[error("the module already has an export {name}")]
-    ExportExists {
+    /// The module has an export whose name only this pass may give.
+    #[error("the module exports {name:?}: names from {EXPORT_PREFIX} on are for what is added")]
+    ExportReserved {
+        /// Its name.
+        name: String,
+    },
+    /// A function to export was given more than once.
+    #[error("function {name} is to be exported twice")]
+    ExportedTwice {
         /// Its name.
         name: String,
     },
@@ -202,7 +210,10 @@ impl Input<'_> {
     /// The functions that the options name, with their (old) index.
     fn named_functions(&self, names: &[String]) -> Result<Vec<u32>, InstrumentError> {
         let mut found: HashMap<&str, u32> = HashMap::new();
-        let wanted: HashSet<&str> = names.iter().map(String::as_str).collect();
+        let mut wanted = HashSet::new();
+        if let Some(name) = names.iter().find(|name| !wanted.insert(name.as_str())) {
+            return Err(InstrumentError::ExportedTwice { name: name.clone() });
+        }
         for subsection in self.names.clone().into_iter().flatten() {
             let Name::Function(map) = subsection? else { continue };
             for naming in map {
@@ -318,10 +329,12 @@ impl Input<'_> {
         module: &mut Module,
     ) -> Result<(), InstrumentError> {
         let mut section = ExportSection::new();
-        let mut taken = HashSet::new();
         if let Some(exports) = &self.exports {
             for export in exports.clone() {
-                taken.insert(export?.name.to_owned());
+                let name = export?.name;
+                if name.starts_with(EXPORT_PREFIX) {
+                    return Err(InstrumentError::ExportReserved { name: name.to_owned() });
+                }
             }
             renumber.parse_export_section(&mut section, exports.clone())?;
         }
@@ -339,9 +352,6 @@ impl Input<'_> {
         }
         for (name, kind, index) in added {
             section.export(&name, kind, index);
-            if !taken.insert(name.clone()) {
-                return Err(InstrumentError::ExportExists { name });
-            }
         }
         if !section.is_empty() {
             module.section(&section);
