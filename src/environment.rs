@@ -557,7 +557,8 @@ pub struct EnvironmentOptions {
     /// Host functions.
     pub tools: Vec<Tool>,
     /// Whose session it is, made by [`Runtime::tenant`](crate::Runtime::tenant). Default: the
-    /// runtime's default tenant.
+    /// runtime's default tenant. Sessions of strangers should be of tenants of their own: between the
+    /// sessions of one, speed may tell which pages of memory another has touched.
     pub tenant: Option<crate::tenant::Tenant>,
 }
 

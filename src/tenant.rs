@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, Weak};
 use account::{Account, Shared};
 use gate::Gate;
 pub use quotas::{Quotas, Refusals, TenantUsage};
-pub(crate) use turn::{LmQuota, Seat, Turn};
+pub(crate) use turn::{LmQuota, Owner, Seat, Turn};
 
 use crate::error::{Error, Result};
 

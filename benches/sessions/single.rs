@@ -4,7 +4,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use kaa::{
-    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Runtime, WasmEnvironment,
+    Context, Environment, EnvironmentExt, EnvironmentOptions, Image, Quotas, Runtime,
+    WasmEnvironment,
 };
 
 use super::{Report, common, milliseconds, pause, timed};
@@ -48,6 +49,25 @@ async fn fresh(report: &mut Report, runtime: &Runtime, name: &str, cell: &str) {
         })
         .await;
         report.note(&figure, "ms", &mut samples, recycled);
+    }
+    let figure = format!("fresh session and first cell, {name}, another tenant's slot");
+    if report.wants(&figure) {
+        let mut number = 0;
+        let mut samples = timed(300, || {
+            number += 1;
+            // One that has no slots yet.
+            let tenant = runtime.tenant(&format!("{name} {number}"), Quotas::default()).unwrap();
+            let options = EnvironmentOptions { tenant: Some(tenant), ..Default::default() };
+            let image = &image;
+            async move {
+                let start = Instant::now();
+                let mut session = runtime.environment(image, options).unwrap();
+                black_box(session.execute(cell).await.unwrap());
+                start.elapsed()
+            }
+        })
+        .await;
+        report.note(&figure, "ms", &mut samples, None);
     }
     let figure = format!("fresh session and first cell, {name}, cold slot");
     if report.wants(&figure) {

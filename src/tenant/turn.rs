@@ -1,7 +1,7 @@
 //! What a session and a running cell hold of their tenant.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::account::{Account, Admission, Slot};
@@ -22,7 +22,23 @@ pub(crate) struct Seat {
     nested: bool,
 }
 
+/// Whose something is, while the tenant lives and after.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Owner(Weak<Account>);
+
+impl Owner {
+    /// Whether both are the same tenant, or nobody.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.0.ptr_eq(&other.0)
+    }
+}
+
 impl Seat {
+    /// The tenant.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner(Arc::downgrade(&self.account))
+    }
+
     /// # Errors
     ///
     /// [`Error::Quota`](crate::Error::Quota) when the tenant has all its sessions.

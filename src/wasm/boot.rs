@@ -32,6 +32,7 @@ use crate::limits::Limits;
 use crate::lm::ScriptedHandler;
 use crate::policy::{Clock, Mount, Policy};
 use crate::protocol::Message;
+use crate::tenant::Owner;
 use serde_json::json;
 
 /// Files that an image brings, and where its sessions see them.
@@ -156,7 +157,7 @@ fn start(
         Directories { stdlib: &compiled.stdlib(), scratch: scratch.path(), root: &store.empty() };
     let dot = parent.manifest.as_ref().map_or(0, |manifest| manifest.dot);
     let guest = boot_guest(&directories, &policy, dot)?;
-    let session = Session::new(Arc::clone(&parent.start), |_| Ok(guest))?;
+    let session = Session::new(Arc::clone(&parent.start), Owner::default(), |_| Ok(guest))?;
     let entry = parent.manifest.as_ref().map(|manifest| manifest.entry);
     // The boot is asynchronous like every use of a guest; a thread of its own lets this function be
     // called from anywhere.

@@ -93,12 +93,13 @@ pub(crate) fn open(
     ties: &Ties,
 ) -> Result<Session> {
     let start = Arc::clone(&image.0.start);
+    let owner = ties.seat.owner();
     let make = |kept| guest(shared, image, options, origin, kept, ties);
     let (Origin::Template(saved) | Origin::Saved(saved)) = origin else {
-        return Session::new(start, make);
+        return Session::new(start, owner, make);
     };
     saved.check(&options.limits)?;
-    let mut session = Session::in_state(start, make, saved.condensed()?)?;
+    let mut session = Session::in_state(start, owner, make, saved.condensed()?)?;
     write_scratch(session.guest_mut(), saved)?;
     if let Origin::Template(_) = origin {
         session.expect_siblings();

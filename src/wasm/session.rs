@@ -20,6 +20,7 @@ use super::text;
 use crate::error::{Error, Result};
 use crate::image::{Entry, GlobalRecord};
 use crate::limits::{Limits, Usage};
+use crate::tenant::Owner;
 
 /// The C-API function that makes a signal pending: the soft stop.
 pub(crate) const INTERRUPT_FUNCTION: &str = "PyErr_SetInterruptEx";
@@ -38,8 +39,8 @@ pub(crate) struct Start {
     ended: Mutex<Vec<Session>>,
 }
 
-/// Slots per image that wait to be used again. Each keeps the pages resident that its sessions
-/// wrote, a megabyte or two.
+/// Slots per image that wait to be used again. Each keeps the pages resident that its tenant's
+/// sessions wrote, a megabyte or two.
 const IDLE_MAX: usize = 32;
 
 /// A slot whose memory is the image again, and its instance if that can be used again too.
@@ -49,6 +50,23 @@ struct Idle {
     /// Size of the memory; what is beyond the image is zeros. More than the image only for children of
     /// a template that is larger: a memory can't shrink.
     bytes: usize,
+    /// Whose session had it.
+    owner: Owner,
+}
+
+impl Idle {
+    /// The same as if nobody had used it: to write or to read a page costs less where it's resident, so
+    /// that another tenant would learn which of them this one's sessions did.
+    fn forget(mut self, image: &Arc<MemoryImage>) -> Option<Self> {
+        let forgotten = match &mut self.store {
+            Some(store) => {
+                let memory = store.data().handles.as_ref().expect("an instance has handles").memory;
+                self.slot.uncover(memory.data_mut(store), 0..self.bytes)
+            }
+            None => Arc::get_mut(&mut self.slot)?.rewind(image, self.bytes),
+        };
+        forgotten.ok().map(|()| self)
+    }
 }
 
 impl Start {
@@ -74,20 +92,42 @@ impl Start {
     }
 
     /// A slot to use again for a memory of this size. Preparing one that has just been given back takes
-    /// a tenth of what a new one costs.
-    fn take_idle(&self, bytes: usize) -> Option<Idle> {
-        let find = || {
-            let mut idle = self.idle();
-            let of_size = |bytes: usize| idle.iter().rposition(|idle| idle.bytes == bytes);
-            // A smaller memory grows, a larger one is of no use.
-            let at = of_size(bytes).or_else(|| of_size(self.memory.bytes()))?;
-            Some(idle.remove(at))
+    /// a tenth of what a new one costs; one of another tenant comes without its resident pages.
+    fn take_idle(&self, bytes: usize, owner: &Owner) -> Option<Idle> {
+        let own = || self.find_idle(bytes, |idle| idle.owner.is(owner));
+        own()
+            .or_else(|| {
+                self.recycle_ended(|ended| ended.owner.is(owner));
+                own()
+            })
+            .or_else(|| {
+                let any = || self.find_idle(bytes, |_| true);
+                let idle = any().or_else(|| {
+                    self.recycle_ended(|_| true);
+                    any()
+                })?;
+                if idle.owner.is(owner) { Some(idle) } else { idle.forget(&self.memory) }
+            })
+    }
+
+    fn find_idle(&self, bytes: usize, is_good: impl Fn(&Idle) -> bool) -> Option<Idle> {
+        let mut idle = self.idle();
+        let of_size =
+            |bytes: usize| idle.iter().rposition(|idle| idle.bytes == bytes && is_good(idle));
+        // A smaller memory grows, a larger one is of no use.
+        let at = of_size(bytes).or_else(|| of_size(self.memory.bytes()))?;
+        Some(idle.remove(at))
+    }
+
+    /// Prepares the slot of one such session, if there is one.
+    fn recycle_ended(&self, is_good: impl Fn(&Session) -> bool) {
+        let ended = {
+            let mut ended = self.ended();
+            ended.iter().rposition(is_good).map(|at| ended.remove(at))
         };
-        find().or_else(|| {
-            let ended = self.ended().pop()?;
+        if let Some(ended) = ended {
             ended.recycle();
-            find()
-        })
+        }
     }
 
     /// Keeps a slot for another session. When there are enough, one of another size has to go: there
@@ -168,6 +208,7 @@ pub(crate) enum TurnEnd {
 /// A live guest.
 pub(crate) struct Session {
     start: Arc<Start>,
+    owner: Owner,
     slot: Arc<Slot>,
     store: Option<Store<Guest>>,
     /// What is mapped over the slot's image.
@@ -191,27 +232,30 @@ impl Session {
     /// `make` gets what an instance that is used again has kept.
     pub(crate) fn new(
         start: Arc<Start>,
+        owner: Owner,
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
     ) -> Result<Self> {
         let bytes = start.memory.bytes();
-        Self::of_size(start, make, bytes)
+        Self::of_size(start, owner, make, bytes)
     }
 
     /// A new guest in the state of its image, with an instance whose memory has this size if there is
     /// one.
     fn of_size(
         start: Arc<Start>,
+        owner: Owner,
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
         bytes: usize,
     ) -> Result<Self> {
         let checkpoint = start.state()?;
-        let (slot, mut store, bytes) = match start.take_idle(bytes) {
-            Some(Idle { slot, store, bytes }) => (slot, store, bytes),
+        let (slot, mut store, bytes) = match start.take_idle(bytes, &owner) {
+            Some(Idle { slot, store, bytes, owner: _ }) => (slot, store, bytes),
             None => (Arc::new(Slot::new(Arc::clone(&start.memory))?), None, 0),
         };
         let guest = make(store.as_mut().and_then(|store| store.data_mut().take_kept()))?;
         let mut session = Self {
             start,
+            owner,
             slot,
             store: None,
             laid: Vec::new(),
@@ -239,10 +283,11 @@ impl Session {
     /// As [`new`](Self::new).
     pub(crate) fn in_state(
         start: Arc<Start>,
+        owner: Owner,
         make: impl FnOnce(Option<Kept>) -> Result<Guest>,
         state: &State,
     ) -> Result<Self> {
-        let mut session = Self::of_size(start, make, state.bytes)?;
+        let mut session = Self::of_size(start, owner, make, state.bytes)?;
         session.restore(state)?;
         Ok(session)
     }
@@ -301,7 +346,8 @@ impl Session {
             },
         };
         let bytes = if store.is_some() { bytes } else { image.bytes };
-        self.start.keep_idle(Idle { slot: Arc::clone(&self.slot), store, bytes });
+        // Nobody else has the slot then.
+        self.start.keep_idle(Idle { slot: self.slot, store, bytes, owner: self.owner });
     }
 
     /// The state of the last checkpoint.

@@ -7,6 +7,7 @@ use super::{Session, Start};
 use crate::environment::{Environment, EnvironmentExt, EnvironmentOptions, Outcome};
 use crate::image::Store;
 use crate::lm::Ledger;
+use crate::tenant::{Quotas, Tenant};
 use crate::wasm::opening::{self, Origin, Ties};
 use crate::wasm::{Image, Runtime, WasmEnvironment};
 
@@ -58,6 +59,22 @@ const FATES: &[Fate] = &[
     Fate::Forked,
     Fate::FileOpen,
 ];
+
+fn runtime() -> Runtime {
+    let root = std::env::var_os("KAA_CACHE").map_or_else(
+        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
+        Into::into,
+    );
+    Runtime::open(Store::open(root).unwrap()).unwrap()
+}
+
+/// A new session, as the host has it.
+fn open_of(tenant: &Tenant, runtime: &Runtime, image: &Image) -> Session {
+    let seat = Arc::new(tenant.open_session().unwrap());
+    let ties = Ties { seat, signal: Arc::default(), ledger: Ledger::default() };
+    let options = EnvironmentOptions::default();
+    opening::open(&runtime.shared, image, &options, Origin::Image, &ties).unwrap()
+}
 
 async fn cell(tenant: &mut WasmEnvironment, code: &str) {
     let execution = tenant.execute(code).await.unwrap();
@@ -165,14 +182,10 @@ async fn check_own(tenant: &mut WasmEnvironment, what: &str) -> String {
 
 #[tokio::test]
 async fn nothing_of_a_tenant_is_left_for_the_next_one() {
-    let root = std::env::var_os("KAA_CACHE").map_or_else(
-        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
-        Into::into,
-    );
-    let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
+    let runtime = runtime();
     let image = runtime.image("base", &|_| {}).unwrap();
     let open = || runtime.environment(&image, EnvironmentOptions::default()).unwrap();
-    let options = EnvironmentOptions::default();
+    let other = runtime.tenant("other", Quotas::default()).unwrap();
     let start = &image.0.start;
     assert!(find(start.memory.contents()).is_none());
     let unspoilt = check_own(&mut open(), "the first one").await;
@@ -185,12 +198,11 @@ async fn nothing_of_a_tenant_is_left_for_the_next_one() {
             settle(start).await;
             let slots = start.idle().len();
             for slot in (0..slots).rev() {
-                let tenant = runtime.shared.tenants.default_tenant();
-                let seat = Arc::new(tenant.open_session().unwrap());
-                let ties = Ties { seat, signal: Arc::default(), ledger: Ledger::default() };
-                let next = opening::open(&runtime.shared, &image, &options, Origin::Image, &ties);
+                // In turns one of the same tenant, and of another.
+                let tenant = if slot % 2 == 0 { runtime.default_tenant() } else { other.clone() };
+                let mut next = open_of(&tenant, &runtime, &image);
                 assert_eq!(start.idle().len(), slot, "{what}: the slot is used again");
-                check_new(&mut next.unwrap(), &image, &what);
+                check_new(&mut next, &image, &what);
             }
             // The same again, for one that looks for itself.
             live_and_go(open(), secrets, *fate).await;
@@ -203,13 +215,75 @@ async fn nothing_of_a_tenant_is_left_for_the_next_one() {
     }
 }
 
+/// The pages of a session's memory that are there before it has done anything: those that it reads or
+/// writes faster than the others.
+#[cfg(target_os = "linux")]
+fn resident_pages(session: &Session) -> Vec<usize> {
+    use std::os::unix::fs::FileExt;
+    let page = rustix::param::page_size();
+    let first = session.slot.base_for_test() / page;
+    let mut words = vec![0; session.start.memory.bytes() / page * 8];
+    let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+    pagemap.read_exact_at(&mut words, first as u64 * 8).unwrap();
+    let present = |word: &[u8]| u64::from_ne_bytes(word.try_into().unwrap()) >> 62 != 0;
+    let pages = words.chunks_exact(8).enumerate().filter(|(_, word)| present(word));
+    pages.map(|(number, _)| number).collect()
+}
+
+/// How fast a slot is tells a tenant nothing of the one that had it before.
+#[tokio::test]
+#[cfg(target_os = "linux")]
+async fn a_slot_goes_to_another_tenant_without_its_resident_pages() {
+    let runtime = runtime();
+    let image = runtime.image("base", &|_| {}).unwrap();
+    let start = &image.0.start;
+    let (one, two) = (runtime.default_tenant(), runtime.tenant("two", Quotas::default()).unwrap());
+    for secret in [SMALL, LARGE] {
+        for fate in [Fate::Dropped, Fate::Trapped] {
+            for (next, is_same) in [(&one, true), (&two, false)] {
+                let options = EnvironmentOptions::default();
+                live_and_go(runtime.environment(&image, options).unwrap(), &[secret], fate).await;
+                settle(start).await;
+                let slots = start.idle().len();
+                let session = open_of(next, &runtime, &image);
+                assert_eq!(start.idle().len(), slots - 1, "{fate:?}: the slot is used again");
+                let pages = resident_pages(&session).len();
+                assert_eq!(pages > 50, is_same, "{fate:?}: {pages} pages");
+                assert!(is_same || pages == 0, "{fate:?}: {pages} pages");
+            }
+            start.idle().clear();
+        }
+    }
+}
+
+/// A tenant's own slots come first, also those that are not ready yet.
+#[tokio::test]
+async fn a_tenant_gets_its_own_slots_first() {
+    let runtime = runtime();
+    let image = runtime.image("base", &|_| {}).unwrap();
+    let start = &image.0.start;
+    let (one, two) = (runtime.default_tenant(), runtime.tenant("two", Quotas::default()).unwrap());
+    let owner = |tenant: &Tenant| tenant.open_session().unwrap().owner();
+    let sessions = [&one, &two, &one].map(|tenant| open_of(tenant, &runtime, &image));
+    sessions.into_iter().for_each(Session::give_back);
+    assert_eq!((start.idle().len(), start.ended().len()), (0, 3));
+    drop(open_of(&two, &runtime, &image));
+    assert_eq!(start.ended().len(), 2);
+    assert!(start.ended().iter().all(|ended| ended.owner.is(&owner(&one))));
+    settle(start).await;
+    assert_eq!(start.idle().len(), 2);
+    let bytes = start.memory.bytes();
+    assert!(
+        start.take_idle(bytes, &owner(&two)).unwrap().owner.is(&owner(&one)),
+        "none of its own"
+    );
+    assert!(start.take_idle(bytes, &owner(&one)).is_some());
+    assert!(start.take_idle(bytes, &owner(&one)).is_none());
+}
+
 #[tokio::test]
 async fn a_child_of_a_template_leaves_zeros_beyond_the_image() {
-    let root = std::env::var_os("KAA_CACHE").map_or_else(
-        || dirs::cache_dir().expect("a user has a cache directory").join("kaa"),
-        Into::into,
-    );
-    let runtime = Runtime::open(Store::open(root).unwrap()).unwrap();
+    let runtime = runtime();
     let image = runtime.image("base", &|_| {}).unwrap();
     let start = Arc::clone(&image.0.start);
     let mut template = runtime.environment(&image, EnvironmentOptions::default()).unwrap();
