@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::workload::Unit;
 
+/// Of fewer samples there are no tenths.
+const SAMPLES_MIN: usize = 10;
+
 /// The distribution of some samples.
 ///
 /// ```
@@ -54,16 +57,25 @@ impl Figure {
         })
     }
 
-    /// As people read it: `131 µs (125–160)`.
+    /// As people read it: `131 µs (125–160)`. Of few samples the range is that of all, and says of how
+    /// many: `14.0 MB (13.9–14.2, of 3)`.
     pub(super) fn show(&self, unit: Unit) -> String {
         let (factor, name) = scale(self.median, unit);
         let number = |value: f64| digits(value * factor);
-        format!(
-            "{} ({}–{})",
-            with_unit(number(self.median), name),
-            number(self.p10),
-            number(self.p90)
-        )
+        let median = with_unit(number(self.median), name);
+        let (low, high) = self.range();
+        let (low, high) = (number(low), number(high));
+        let of = if self.has_tenths() { String::new() } else { format!(", of {}", self.samples) };
+        format!("{median} ({low}–{high}{of})")
+    }
+
+    fn has_tenths(&self) -> bool {
+        self.samples >= SAMPLES_MIN
+    }
+
+    /// Within what most samples are; few samples are all within it.
+    pub(super) fn range(&self) -> (f64, f64) {
+        if self.has_tenths() { (self.p10, self.p90) } else { (self.least, self.most) }
     }
 }
 
@@ -149,7 +161,9 @@ mod tests {
             assert_eq!(show(value, unit), text);
         }
         let figure = Figure::of(&[1e-3, 2e-3, 3e-3]).unwrap();
-        assert_eq!(figure.show(Unit::Seconds), "2.00 ms (1.20–2.80)");
+        assert_eq!(figure.show(Unit::Seconds), "2.00 ms (1.00–3.00, of 3)");
+        let figure = Figure::of(&[1e-3, 2e-3, 3e-3].repeat(4)).unwrap();
+        assert_eq!(figure.show(Unit::Seconds), "2.00 ms (1.00–3.00)");
     }
 
     #[test]

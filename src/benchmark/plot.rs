@@ -77,7 +77,8 @@ struct Scale {
 
 impl From<Figure> for Dot {
     fn from(figure: Figure) -> Self {
-        Self { value: figure.median, low: figure.p10, high: figure.p90 }
+        let (low, high) = figure.range();
+        Self { value: figure.median, low, high }
     }
 }
 
@@ -205,8 +206,8 @@ impl Report {
             draw_panel(area, panel, top)?;
             top += panel.rows.len() as i32 * ROW + SCALE;
         }
-        let foot = "Medians of blocks taken in turns; lines from the 10th to the 90th percentile. \
-                    Logarithmic scales. Made by `kaa bench isolation --plot`.";
+        let foot = "Medians of blocks taken in turns; lines from the 10th to the 90th percentile, of few \
+                    samples over all. Logarithmic scales. Made by `kaa bench isolation --plot`.";
         text(area, foot, (40, height - 16), 13, PALE, (HPos::Left, VPos::Center))?;
         area.present().map_err(owned)
     }

@@ -42,7 +42,7 @@ impl Report {
     fn write_figures(&self, text: &mut String) {
         let subjects = self.present(Role::Isolation);
         let Some(base) = subjects.first().filter(|_| !self.workloads.is_empty()) else { return };
-        write_head(text, "median (10th–90th percentile)", &subjects);
+        write_head(text, "median (10th–90th percentile; of few samples all)", &subjects);
         for workload in &self.workloads {
             let _ = write!(text, "| {} |", workload.title());
             for subject in &subjects {

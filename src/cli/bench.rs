@@ -77,7 +77,8 @@ struct Wanted {
 pub(super) fn run(command: BenchCommand) -> Result<Ending, Failure> {
     let BenchCommand::Isolation(flags) = command;
     let console = Console::new(false);
-    let outputs = Outputs::open(flags.json.clone(), flags.plot.clone(), flags.markdown.clone())?;
+    let (json, plot, page) = (flags.json.clone(), flags.plot.clone(), flags.markdown.clone());
+    let outputs = Outputs::open(json, plot, page, flags.from.as_deref())?;
     if let Some(path) = &flags.from {
         outputs.write(&outputs::read(path)?, console)?;
         return Ok(Ending::Done);

@@ -15,7 +15,7 @@ use super::Failure;
 use super::backend::{BackendFlags, Kind};
 use super::models::LmFlags;
 use super::session::Plan;
-use super::units::{Count, Size, Span};
+use super::units::{Count, Size, Span, megabytes};
 
 /// The last second that a clock of nanoseconds since 1970 can show.
 const CLOCK_SECONDS_MAX: u64 = u64::MAX / 1_000_000_000;
@@ -205,7 +205,7 @@ impl SessionFlags {
             {
                 return Err(Failure::usage("--context -", format!("stdin is already {other}")));
             }
-            contexts.push(Context::Text(read("--context", path, bytes_max)?));
+            contexts.push(Context::Text(read("--context", path, bytes_max, MEMORY)?));
         }
         if let Some(path) = &self.context_json {
             if path == Path::new("-") {
@@ -214,7 +214,7 @@ impl SessionFlags {
                     "stdin can't be used here; name a file",
                 ));
             }
-            contexts.push(Context::Json(read("--context-json", path, bytes_max)?));
+            contexts.push(Context::Json(read("--context-json", path, bytes_max, MEMORY)?));
         }
         Ok(contexts)
     }
@@ -238,8 +238,11 @@ impl LimitFlags {
     }
 }
 
-/// Reads a file or stdin, at most what would fit into the session.
-pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, Failure> {
+/// What a context is too large for.
+const MEMORY: &str = "than the session's memory; see --memory";
+
+/// Reads a file or stdin. One that is longer is said to be larger than `what`.
+fn read(flag: &str, path: &Path, bytes_max: u64, what: &str) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     let result = if path == Path::new("-") {
         std::io::stdin().lock().take(bytes_max + 1).read_to_end(&mut bytes)
@@ -248,16 +251,15 @@ pub(super) fn read(flag: &str, path: &Path, bytes_max: u64) -> Result<Vec<u8>, F
     };
     result.map_err(|e| Failure::usage(flag, format!("reading {}: {e}", path.display())))?;
     if bytes.len() as u64 > bytes_max {
-        let reason =
-            format!("{} is larger than the session's memory; see --memory", path.display());
-        return Err(Failure::usage(flag, reason));
+        return Err(Failure::usage(flag, format!("{} is larger {what}", path.display())));
     }
     Ok(bytes)
 }
 
 /// Reads a file of text.
 pub(super) fn read_text(flag: &str, path: &Path, bytes_max: u64) -> Result<String, Failure> {
-    String::from_utf8(read(flag, path, bytes_max)?).map_err(|e| {
+    let what = format!("than {}, the most that is read", megabytes(bytes_max));
+    String::from_utf8(read(flag, path, bytes_max, &what)?).map_err(|e| {
         let at = e.utf8_error().valid_up_to();
         Failure::usage(flag, format!("{} is not UTF-8 at byte {at}", path.display()))
     })

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use kaa::benchmark::{InProcess, Role, Sessions, Suite};
+use kaa::benchmark::{InProcess, Role, Sessions, Suite, Workload};
 use kaa::{Backend, Limits, LocalBackend, Metering, Runtime, WasmBackend};
 
 use super::{IsolationFlags, Wanted};
@@ -85,7 +85,7 @@ pub(super) fn suite(
                 continue;
             }
             Column::Local => maker.local_sessions(&name),
-            Column::Wasm => maker.wasm(&name),
+            Column::Wasm => maker.wasm(&name, &wanted.workloads),
             Column::Docker => maker.docker(&name, None),
             // An engine that doesn't know gVisor is no mistake of who typed the command.
             Column::DockerGvisor => {
@@ -177,12 +177,16 @@ impl Maker<'_> {
         Ok(Arc::new(WasmBackend::new(Arc::clone(runtime), image)))
     }
 
-    fn wasm(&self, name: &str) -> Result<Sessions, Failure> {
+    fn wasm(&self, name: &str, workloads: &[Workload]) -> Result<Sessions, Failure> {
         let runtime = Arc::new(Runtime::open(session::store()?)?);
         let cells = self.sessions_of(&runtime, IMAGE)?;
-        let cpu = self.sessions_of(&runtime, CPU_IMAGE)?;
         let what = format!("WebAssembly in the process of the host, wasmtime {}", wasmtime());
-        Ok(Sessions::new(name, what, cells).cpu(cpu).cold(&self.kaa, cold([])))
+        let sessions = Sessions::new(name, what, cells).cold(&self.kaa, cold([]));
+        // Making that image takes a minute.
+        if workloads.iter().any(|workload| matches!(workload, Workload::Cpu(_))) {
+            return Ok(sessions.cpu(self.sessions_of(&runtime, CPU_IMAGE)?));
+        }
+        Ok(sessions)
     }
 
     fn docker(&self, name: &str, runtime: Option<&str>) -> Result<Sessions, Failure> {

@@ -38,11 +38,34 @@ impl Outputs {
         json: Option<PathBuf>,
         plot: Option<PathBuf>,
         markdown: Option<PathBuf>,
+        from: Option<&Path>,
     ) -> Result<Self, Failure> {
         let target = |flag, path: Option<PathBuf>| path.map(|p| Target::open(flag, p)).transpose();
         let markdown = target("--markdown", markdown)?;
         markdown.as_ref().map(around).transpose()?;
-        Ok(Self { json: target("--json", json)?, plot: target("--plot", plot)?, markdown })
+        let outputs =
+            Self { json: target("--json", json)?, plot: target("--plot", plot)?, markdown };
+        outputs.check_differ(from)?;
+        Ok(outputs)
+    }
+
+    /// Makes sure that nothing is written over what is read, or over another output. A device takes all.
+    fn check_differ(&self, from: Option<&Path>) -> Result<(), Failure> {
+        let mut seen: Vec<(&str, PathBuf)> = Vec::new();
+        let targets = [&self.json, &self.plot, &self.markdown].into_iter().flatten();
+        let outputs = targets.map(|target| (target.flag, &*target.path));
+        for (flag, path) in from.map(|path| ("--from", path)).into_iter().chain(outputs) {
+            // What can't be found is told by who opens it.
+            let Ok(file) = path.canonicalize() else { continue };
+            if let Some((other, _)) =
+                seen.iter().find(|(_, known)| file.is_file() && *known == file)
+            {
+                let reason = format!("{} is the file of {other}, too", path.display());
+                return Err(Failure::usage(flag, reason));
+            }
+            seen.push((flag, file));
+        }
+        Ok(())
     }
 
     /// Writes the files, and the table to stdout.
@@ -108,6 +131,33 @@ mod tests {
         let path = directory.path().join("page.md");
         fs::write(&path, text).unwrap();
         around(&Target::open("--markdown", path)?)
+    }
+
+    #[test]
+    fn no_file_is_for_two_things() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| Some(directory.path().join(name));
+        fs::write(directory.path().join("report"), "{}").unwrap();
+        std::os::unix::fs::symlink("plot", directory.path().join("link")).unwrap();
+        let cases: [(_, _, _, _, Option<&str>); 6] = [
+            (path("json"), path("plot"), path("page"), path("report"), None),
+            (path("same"), path("same"), None, None, Some("--plot")),
+            (path("json"), path("plot"), path("link"), None, Some("--markdown")),
+            (None, path("report"), None, path("report"), Some("--plot")),
+            (path("./json"), None, path("json"), None, Some("--markdown")),
+            (Some("/dev/null".into()), Some("/dev/null".into()), None, None, None),
+        ];
+        for (json, plot, page, from, refused) in cases {
+            let what = format!("{json:?} {plot:?} {page:?} {from:?}");
+            match (Outputs::open(json, plot, page, from.as_deref()), refused) {
+                (Ok(_), None) => {}
+                (Err(Failure::Usage(reason)), Some(flag)) => {
+                    assert!(reason.contains(flag), "{reason}")
+                }
+                _ => panic!("{what}"),
+            }
+        }
+        assert_eq!(fs::read_to_string(directory.path().join("report")).unwrap(), "{}");
     }
 
     #[test]
