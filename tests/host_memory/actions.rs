@@ -314,6 +314,7 @@ impl Host {
             std::fs::create_dir(mounts.path().join(mount)).unwrap();
         }
         std::fs::write(mounts.path().join("read/plain"), "plain").unwrap();
+        File::create(mounts.path().join("read/long")).unwrap().set_len(200_000_000).unwrap();
         Self { executor, mounts }
     }
 
