@@ -153,11 +153,11 @@ impl Peak {
         };
         let lm = Arc::new(ScriptedHandler::from_fn(|_| Ok("ok".to_owned())));
         let mut session = open(EnvironmentOptions { limits, lm: Some(lm), ..host.options() });
-        session.execute("large = 'x' * 40_000_000").await?;
+        session.execute(&format!("large = 'x' * {LARGE}")).await?;
         if let Variables(code) | Variable(code) = self.work {
             assert!(Completes.is_met(&session.execute(code).await), "{}", self.name);
         }
-        // It begins when the checkpoint of the last is there.
+        // A cell begins when the checkpoint of the one before is there: this waits for a large one.
         session.execute("1").await?;
         held::at_rest().await;
         HEAP.reset_peak_usage();
