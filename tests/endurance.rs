@@ -18,7 +18,9 @@
 //! |---|---|
 //! | `KAA_ENDURANCE` | how long, `90`, `90s` or `30m`; without it 20 s |
 //! | `KAA_ENDURANCE_SEED` | of what is chosen at random; without it 1 |
-//! | `KAA_ENDURANCE_LEAK` | plants a leak, which has to be found: `page`, `fork`, `descriptor`, `file`, `thread`, `process` |
+//! | `KAA_ENDURANCE_LEAK` | plants leaks, which have to be found: of `page`, `fork`, `descriptor`, `file`, `thread`, `process`, with commas between |
+//!
+//! Short runs with leaks are a part of the test.
 
 mod common;
 #[path = "endurance/drops.rs"]
@@ -40,18 +42,18 @@ mod veteran;
 #[path = "endurance/world.rs"]
 mod world;
 
-use std::alloc::System;
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kaa::{LocalBackend, LocalOptions};
 use libtest_mimic::{Arguments, Failed, Trial};
+use peak_alloc::PeakAlloc;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 use leak::Leak;
 use sample::{METRICS, Sample, sample};
@@ -61,7 +63,7 @@ use world::{PLANNED, World};
 
 /// Counts what is allocated and not given back.
 #[global_allocator]
-static HEAP: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+static HEAP: PeakAlloc = PeakAlloc;
 
 /// How long all of it takes.
 const TIME: &str = "KAA_ENDURANCE";
@@ -70,6 +72,9 @@ const SEED: &str = "KAA_ENDURANCE_SEED";
 const INSIDE: &str = "KAA_ENDURANCE_INSIDE";
 
 const TIME_DEFAULT: Duration = Duration::from_secs(20);
+/// How long leaks are planted in each process, and how long at most if they weren't found.
+const LEAKS_TIME: Duration = Duration::from_secs(6);
+const LEAKS_TIME_MAX: Duration = Duration::from_secs(60);
 /// From this time on every kind of stop has its turn.
 const MIX_TIME: Duration = Duration::from_secs(60);
 /// What there has to be, per minute: a fifth of what a busy machine of two processors does.
@@ -85,7 +90,7 @@ const MIX: &[(&str, f64)] = &[
 /// Tasks at once that do what embedders do; beside them one has the session that lives through it, and
 /// one sessions in processes.
 const TASKS: u64 = 6;
-/// The time to the next quiet moment is a fortieth of all, within these.
+/// The time to the next quiet moment is a fortieth of all, within these; but there are some in any time.
 const ROUND_MIN: Duration = Duration::from_millis(1500);
 const ROUND_MAX: Duration = Duration::from_secs(10);
 /// The process is at rest within this, or something goes on that shouldn't.
@@ -95,7 +100,7 @@ fn main() -> ExitCode {
     if let Some(directory) = std::env::var_os(INSIDE) {
         return inside(directory.into());
     }
-    let trials = vec![
+    let mut trials = vec![
         Trial::test("every_limit_has_a_stop", || {
             stops::every_limit_has_one();
             Ok(())
@@ -106,33 +111,19 @@ fn main() -> ExitCode {
         }),
         Trial::test("nothing_stays_of_many_sessions", outside),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    if Path::new("/proc/self").exists() {
+        trials.push(Trial::test("leaks_are_found", leaks_are_found));
+    }
+    let mut arguments = Arguments::from_args();
+    // They would take each other's processors.
+    arguments.test_threads = Some(1);
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 /// Starts the process, and looks for what it has left.
 fn outside() -> Result<(), Failed> {
     let (temporary, own) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let mut process = Command::new(std::env::current_exe()?)
-        .env(INSIDE, own.path())
-        .env("TMPDIR", temporary.path())
-        // Each of glibc's arenas keeps the most that was ever in use in it, and threads move between
-        // them: with fewer of them that is reached before the end of the warm-up.
-        .env("MALLOC_ARENA_MAX", "2")
-        .env("MALLOC_MMAP_THRESHOLD_", "131072")
-        .stdin(Stdio::null())
-        .spawn()?;
-    let patience = time() * 3 + Duration::from_secs(600);
-    let started = Instant::now();
-    let status = loop {
-        if let Some(status) = process.try_wait()? {
-            break status;
-        }
-        if started.elapsed() > patience {
-            process.kill()?;
-            return Err(format!("it still ran after {patience:?}").into());
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    };
+    let status = wait(process(own.path(), temporary.path()), time())?;
     if !status.success() {
         return Err(format!("see above: {status}").into());
     }
@@ -143,6 +134,64 @@ fn outside() -> Result<(), Failed> {
         }
     }
     Ok(())
+}
+
+/// Plants every leak, those in one process that show in different figures.
+fn leaks_are_found() -> Result<(), Failed> {
+    for group in leak::GROUPS {
+        // A busy machine leaks slowly.
+        let mut seconds = LEAKS_TIME.as_secs();
+        loop {
+            let (temporary, own) = (tempfile::tempdir()?, tempfile::tempdir()?);
+            let words = own.path().join("stderr");
+            let mut process = process(own.path(), temporary.path());
+            let names: Vec<&str> = group.iter().map(|(name, _)| *name).collect();
+            process.env(TIME, seconds.to_string()).env(leak::VARIABLE, names.join(","));
+            process.stderr(File::create(&words)?);
+            wait(process, Duration::from_secs(seconds))?;
+            let words = std::fs::read_to_string(words)?;
+            let is_found = |figure: &str| {
+                words.lines().any(|line| line.starts_with(&format!("grown: {figure}")))
+            };
+            if group.iter().all(|(_, figure)| is_found(figure)) {
+                break;
+            }
+            seconds *= 3;
+            if seconds > LEAKS_TIME_MAX.as_secs() {
+                return Err(format!("not all of {group:?} were found:\n{words}").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The process of its own.
+fn process(own: &Path, temporary: &Path) -> Command {
+    let mut process = Command::new(std::env::current_exe().expect("a program has a path"));
+    process
+        .env(INSIDE, own)
+        .env("TMPDIR", temporary)
+        // Each of glibc's arenas keeps the most that was ever in use in it, and threads move between
+        // them: with fewer of them that is reached before the end of the warm-up.
+        .env("MALLOC_ARENA_MAX", "2")
+        .env("MALLOC_MMAP_THRESHOLD_", "131072")
+        .stdin(Stdio::null());
+    process
+}
+
+/// Runs it to its end, which is soon after this time.
+fn wait(mut process: Command, time: Duration) -> Result<ExitStatus, Failed> {
+    let mut process = process.spawn()?;
+    let patience = time * 3 + Duration::from_secs(600);
+    let started = Instant::now();
+    while started.elapsed() < patience {
+        if let Some(status) = process.try_wait()? {
+            return Ok(status);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    process.kill()?;
+    Err(format!("it still ran after {patience:?}").into())
 }
 
 fn time() -> Duration {
@@ -186,7 +235,7 @@ async fn endure(directory: PathBuf) -> Vec<String> {
     let leak = Leak::from_env().map(Arc::new);
     let watch = Watch::start(common::store_root().join("scratch"));
     let mut veteran = Veteran::begin(&world, seed).await;
-    let round = (time / 40).clamp(ROUND_MIN, ROUND_MAX);
+    let round = (time / 40).clamp(ROUND_MIN.min(time / 12), ROUND_MAX);
     let next_stop = Arc::new(AtomicUsize::new(0));
     let mut moments = Vec::new();
     let mut rounds = 0;

@@ -12,8 +12,6 @@ mod common;
 mod environment;
 #[path = "escape/files.rs"]
 mod files;
-#[path = "escape/host_memory.rs"]
-mod host_memory;
 #[path = "escape/host_time.rs"]
 mod host_time;
 #[path = "escape/images.rs"]

@@ -4,8 +4,8 @@
 mod common;
 #[path = "hostile/files.rs"]
 mod files;
-
-use std::sync::atomic::{AtomicUsize, Ordering};
+#[path = "common/panics.rs"]
+mod panics;
 
 use files::{PAGE, Parts, bystander, check_others, options, suffer, victim};
 use kaa::{EnvironmentOptions, Limits};
@@ -35,20 +35,6 @@ impl Random {
     fn page(&mut self) -> Vec<u8> {
         (0..PAGE / 8).flat_map(|_| self.next().to_le_bytes()).collect()
     }
-}
-
-/// Panics on any thread, which a session would otherwise only report as an error.
-static PANICS: AtomicUsize = AtomicUsize::new(0);
-
-fn count_panics() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let before = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            PANICS.fetch_add(1, Ordering::AcqRel);
-            before(info);
-        }));
-    });
 }
 
 /// The most memory that this process ever had, where the system tells.
@@ -149,7 +135,7 @@ fn cases() -> Vec<(String, Harm, &'static str)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_the_header_and_the_files_say_only_the_session_itself_suffers() {
-    count_panics();
+    panics::count();
     let directory = tempfile::tempdir().unwrap();
     let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
     let path = directory.path().join("s");
@@ -175,13 +161,13 @@ async fn whatever_the_header_and_the_files_say_only_the_session_itself_suffers()
     suffer("all memory, allowed", &path, large).await.unwrap();
     check_others("all memory", &mut others, &mut round).await;
     assert!(peak_bytes() < HOST_BYTES_MAX, "{} bytes", peak_bytes());
-    assert_eq!(PANICS.load(Ordering::Acquire), 0);
+    assert_eq!(panics::counted(), 0);
 }
 
 /// Globals such as the stack pointer at the ends of the world.
 #[tokio::test(flavor = "multi_thread")]
 async fn globals_may_have_any_value() {
-    count_panics();
+    panics::count();
     let directory = tempfile::tempdir().unwrap();
     let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
     let path = directory.path().join("s");
@@ -198,7 +184,7 @@ async fn globals_may_have_any_value() {
         }
         check_others("globals", &mut others, &mut round).await;
     }
-    assert_eq!(PANICS.load(Ordering::Acquire), 0);
+    assert_eq!(panics::counted(), 0);
 }
 
 /// One kind of random harm to a snapshot.
@@ -255,7 +241,7 @@ fn mutate(parts: &mut Parts, random: &mut Random) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn random_harm_stays_in_the_sandbox() {
-    count_panics();
+    panics::count();
     let directory = tempfile::tempdir().unwrap();
     let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
     let path = directory.path().join("s");
@@ -267,7 +253,7 @@ async fn random_harm_stays_in_the_sandbox() {
         parts.write(&path);
         let what = format!("mutation {seed}");
         let _ = suffer(&what, &path, options()).await;
-        assert_eq!(PANICS.load(Ordering::Acquire), 0, "{what}");
+        assert_eq!(panics::counted(), 0, "{what}");
         if seed % 20 == 0 {
             check_others(&what, &mut others, &mut round).await;
         }

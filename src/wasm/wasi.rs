@@ -29,6 +29,10 @@ const ERRNO_NOSPC: i32 = 51;
 const ERRNO_PERM: i32 = 63;
 /// Bytes that one call may make the host copy.
 const HOSTCALL_BYTES_MAX: usize = 128 << 20;
+/// Bytes of a file that one call reads or writes: whoever wants more gets a short read or write, as POSIX
+/// has them, and calls again. wasmtime-wasi would refuse it.
+const FILE_BYTES_MAX: u32 = 64 << 20;
+const _: () = assert!((FILE_BYTES_MAX as usize) < HOSTCALL_BYTES_MAX, "the array is counted too");
 /// Buffers that one `fd_write` may name; POSIX asks for at least 16 (`IOV_MAX`).
 const IOVECS_MAX: u32 = 1024;
 /// Fuel of a random byte of a session with a seed, which is the thirty-second part of a hash.
@@ -148,15 +152,19 @@ pub(crate) fn add_to_linker(linker: &mut Linker<Guest>) -> Result<()> {
     Ok(())
 }
 
-/// Functions that are only charged: what they cost the host is time.
+/// Functions that are charged, and long reads made shorter: what they cost the host is time.
 fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
     linker.func_wrap_async(
         MODULE,
         "fd_read",
         |mut caller: Caller<'_, Guest>, (fd, iovs, count, out): (i32, i32, i32, i32)| {
             Box::new(async move {
+                let shortened = shorten(&mut caller, iovs, count)?;
                 let (mut memory, guest) = parts(&mut caller)?;
-                preview1::fd_read(&mut guest.wasi, &mut memory, fd, iovs, count, out).await
+                let read =
+                    preview1::fd_read(&mut guest.wasi, &mut memory, fd, iovs, count, out).await;
+                put_back(&mut caller, shortened)?;
+                read
             })
         },
     )?;
@@ -165,8 +173,13 @@ fn add_reads(linker: &mut Linker<Guest>) -> Result<()> {
         "fd_pread",
         |mut caller: Caller<'_, Guest>, (fd, iovs, count, at, out): (i32, i32, i32, i64, i32)| {
             Box::new(async move {
+                let shortened = shorten(&mut caller, iovs, count)?;
                 let (mut memory, guest) = parts(&mut caller)?;
-                preview1::fd_pread(&mut guest.wasi, &mut memory, fd, iovs, count, at, out).await
+                let read =
+                    preview1::fd_pread(&mut guest.wasi, &mut memory, fd, iovs, count, at, out)
+                        .await;
+                put_back(&mut caller, shortened)?;
+                read
             })
         },
     )?;
@@ -263,15 +276,10 @@ fn add_writes(linker: &mut Linker<Guest>) -> Result<()> {
         "fd_pwrite",
         |mut caller: Caller<'_, Guest>, (fd, iovs, count, at, out): (i32, i32, i32, i64, i32)| {
             Box::new(async move {
-                let Some(bytes) = written_bytes(&mut caller, iovs, count)? else {
-                    return Ok(ERRNO_FAULT);
-                };
-                charge_call(&mut caller, bytes)?;
-                if !caller.data_mut().files.reserve(fd as u32, bytes) {
-                    return Ok(ERRNO_NOSPC);
-                }
-                let (mut memory, guest) = parts(&mut caller)?;
-                preview1::fd_pwrite(&mut guest.wasi, &mut memory, fd, iovs, count, at, out).await
+                let shortened = shorten(&mut caller, iovs, count)?;
+                let written = write_file(&mut caller, fd, iovs, count, Some(at), out).await;
+                put_back(&mut caller, shortened)?;
+                written
             })
         },
     )?;
@@ -314,6 +322,57 @@ fn written_bytes(caller: &mut Caller<'_, Guest>, iovs: i32, count: i32) -> Resul
     Ok(sum.filter(|_| count as u32 <= IOVECS_MAX))
 }
 
+/// The length of a buffer in the guest's memory, and where it stands.
+struct Shortened {
+    at: u32,
+    bytes: u32,
+}
+
+/// Makes the first buffer of an array that isn't empty, the only one that a call of a file uses, no longer than
+/// [`FILE_BYTES_MAX`]. The guest waits meanwhile, and a call that is dropped is rolled back.
+fn shorten(caller: &mut Caller<'_, Guest>, iovs: i32, count: i32) -> Result<Option<Shortened>> {
+    let memory = caller.data().handles()?.memory;
+    let memory = memory.data_mut(&mut *caller);
+    let mut lengths = (0..(count as u32).min(IOVECS_MAX)).map_while(|number| {
+        let at = (iovs as u32).checked_add(number * 8 + 4)?;
+        Some(Shortened { at, bytes: read_u32(memory, at)? })
+    });
+    let first = lengths.find(|length| length.bytes > 0);
+    let long = first.filter(|length| length.bytes > FILE_BYTES_MAX);
+    Ok(long.filter(|length| write_u32(memory, length.at, FILE_BYTES_MAX)))
+}
+
+fn put_back(caller: &mut Caller<'_, Guest>, shortened: Option<Shortened>) -> Result<()> {
+    if let Some(Shortened { at, bytes }) = shortened {
+        let memory = caller.data().handles()?.memory;
+        let memory = memory.data_mut(&mut *caller);
+        write_u32(memory, at, bytes);
+    }
+    Ok(())
+}
+
+/// `fd_write` of a file, and `fd_pwrite` where there is an offset.
+async fn write_file(
+    caller: &mut Caller<'_, Guest>,
+    fd: i32,
+    iovs: i32,
+    count: i32,
+    offset: Option<i64>,
+    out: i32,
+) -> Result<i32> {
+    let Some(bytes) = written_bytes(caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
+    charge_call(caller, bytes)?;
+    if !caller.data_mut().files.reserve(fd as u32, bytes) {
+        return Ok(ERRNO_NOSPC);
+    }
+    let (mut memory, guest) = parts(caller)?;
+    let (wasi, memory) = (&mut guest.wasi, &mut memory);
+    match offset {
+        Some(at) => preview1::fd_pwrite(wasi, memory, fd, iovs, count, at, out).await,
+        None => preview1::fd_write(wasi, memory, fd, iovs, count, out).await,
+    }
+}
+
 /// `fd_write`: the two streams are captured here, files are charged.
 async fn fd_write(
     mut caller: Caller<'_, Guest>,
@@ -322,15 +381,14 @@ async fn fd_write(
     count: i32,
     out: i32,
 ) -> Result<i32> {
+    if !matches!(fd, 1 | 2) {
+        let shortened = shorten(&mut caller, iovs, count)?;
+        let written = write_file(&mut caller, fd, iovs, count, None, out).await;
+        put_back(&mut caller, shortened)?;
+        return written;
+    }
     let Some(bytes) = written_bytes(&mut caller, iovs, count)? else { return Ok(ERRNO_FAULT) };
     charge_call(&mut caller, bytes)?;
-    if !matches!(fd, 1 | 2) {
-        if !caller.data_mut().files.reserve(fd as u32, bytes) {
-            return Ok(ERRNO_NOSPC);
-        }
-        let (mut memory, guest) = parts(&mut caller)?;
-        return preview1::fd_write(&mut guest.wasi, &mut memory, fd, iovs, count, out).await;
-    }
     let memory = caller.data().handles()?.memory;
     let (memory, guest) = memory.data_and_store_mut(&mut caller);
     let stream = if fd == 1 { &mut guest.streams.stdout } else { &mut guest.streams.stderr };

@@ -5,8 +5,8 @@
 //! between all pairs of moments (Theil and Sen's), times the time between the first and the last. A
 //! figure has grown if both are beyond its slack: a leak shows in both, a single bad moment in neither.
 //!
-//! `KAA_ENDURANCE_LEAK` plants leaks, the smallest of a page for each scene of the mix; with each of them
-//! the test has to fail, and does within a minute.
+//! `KAA_ENDURANCE_LEAK` plants leaks, the smallest of a page for each scene of the mix: each of them has to
+//! be found.
 
 use crate::sample::{METRICS, Sample};
 

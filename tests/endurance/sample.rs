@@ -19,7 +19,7 @@ pub(crate) struct Metric {
 
 pub(crate) const METRICS: [Metric; 11] = [
     // What was allocated and not given back. A page per session would be some 30 MB in two minutes.
-    Metric { name: "heap KB", unit: 1 << 10, slack: 512 << 10 },
+    Metric { name: "heap KB", unit: 1 << 10, slack: 128 << 10 },
     // Without what is mapped from files: the allocator's arenas, which keep most of what was ever in
     // use at once (160 MB), stacks, and pages of images that sessions wrote.
     Metric { name: "anonymous MB", unit: 1 << 20, slack: 96 << 20 },
@@ -43,7 +43,6 @@ pub(crate) type Sample = [u64; METRICS.len()];
 
 /// The process as it is now; `None` where there is no procfs.
 pub(crate) fn sample(scratch: &Path) -> Option<Sample> {
-    let heap = crate::HEAP.stats();
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let field = |name: &str| -> Option<u64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
@@ -63,7 +62,7 @@ pub(crate) fn sample(scratch: &Path) -> Option<Sample> {
         }
     }
     Some([
-        (heap.bytes_allocated - heap.bytes_deallocated) as u64,
+        crate::HEAP.current_usage() as u64,
         field("RssAnon:")? << 10,
         field("VmRSS:")? << 10,
         memfd_bytes,
