@@ -291,13 +291,13 @@ def uncovered():
 
 def ways(root, links):
     """Paths that lead out, and the link that is their last part. `root` may be empty: then they are relative."""
-    out = ["bait", "bait/secret", "bait/inner", "bait/new"]
+    out = ["bait", "bait/secret", "bait/inner", "bait/empty", "bait/link", "bait/new"]
     up = root + "/" if root else ""
     for to in out:
         for prefix in ("../", "sub/../../", "./../", "sub/./../.././", "..//", "none/../../", "sub/up/../"):
             yield up + prefix + to, None
         yield up + FAR + "/" + to, None
-    for to in ("secret", "inner", "new"):
+    for to in ("secret", "inner", "empty", "link", "new"):
         for link in ("up", "chain", "sub/up", "made_up", "made_far"):
             yield up + link + "/" + to, None
     for link in links:
