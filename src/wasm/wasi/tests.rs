@@ -91,7 +91,7 @@ const KINDS: &[(&str, &[u64])] = &[
     ("lookup", &[0, 0, 1]),
     ("oflags", &[0, 0, 1, 1, 2, 4, 8, 9]),
     ("out", &[OUT, OUT + 64]),
-    ("place", &[3, 4, 5, 6, 6, 6, 6, 6]),
+    ("place", &[4, 5, 6, 6, 6, 6, 6, 6]),
     ("rights", &[READ, WRITE, READ | WRITE, RIGHTS_ALL]),
     ("size", &[0, 1, 100]),
     ("time", &[0, 1, 1_000_000_000]),
@@ -365,8 +365,8 @@ fn arguments(name: &str, paths: &[NamedPath], random: &mut StdRng) -> Vec<u64> {
         match KINDS.iter().find(|(known, _)| *known == kind) {
             Some((_, good)) => arguments.push(of(random, good)),
             None => {
-                let good = random.random_bool(0.75);
-                let fit = (0..paths.len()).filter(|at| !good || paths[*at].role == kind);
+                let role = of(random, &[kind, kind, kind, world::OUT, ""]);
+                let fit = (0..paths.len()).filter(|at| role.is_empty() || paths[*at].role == role);
                 let number = of(random, &fit.collect::<Vec<_>>());
                 let before: usize = paths[..number].iter().map(|path| path.bytes.len()).sum();
                 arguments.extend([PATHS + before as u64, paths[number].bytes.len() as u64]);

@@ -22,6 +22,8 @@ pub(super) const ROLES: &[(&str, &[&str])] = &[
     ("link", &["link", "data/link"]),
     ("new", &["new", "d/new", "data/new"]),
 ];
+/// The part of those that lead out.
+pub(super) const OUT: &str = "out";
 /// Directories.
 const MORE: &[&str] = &["d", ".", "data"];
 /// Those that lead out from every directory, also by links that lie there.
@@ -131,11 +133,12 @@ impl World {
         let host = self.path().to_str().unwrap();
         let plain = |path: &&str| path.replace("HOST", host).into_bytes();
         let odd = ODD.iter().map(|path| path.to_vec());
-        let others = MORE.iter().chain(OUTSIDE).map(plain).chain(odd);
+        let others = MORE.iter().map(plain).chain(odd).map(|bytes| NamedPath { role: "", bytes });
+        let outside = OUTSIDE.iter().map(plain).map(|bytes| NamedPath { role: OUT, bytes });
         let roles = ROLES.iter().flat_map(|(role, paths)| {
             paths.iter().map(|path| NamedPath { role, bytes: path.as_bytes().to_vec() })
         });
-        roles.chain(others.map(|bytes| NamedPath { role: "", bytes })).collect()
+        roles.chain(outside).chain(others).collect()
     }
 }
 
@@ -173,7 +176,7 @@ fn clear(own: &Path) {
     }
 }
 
-/// A path for the guest to name, with its part in [`ROLES`] if it has one.
+/// A path for the guest to name, with its part, of [`ROLES`] or [`OUT`], if it has one.
 pub(super) struct NamedPath {
     pub(super) role: &'static str,
     pub(super) bytes: Vec<u8>,
