@@ -16,7 +16,7 @@
 //!
 //! | variable | |
 //! |---|---|
-//! | `KAA_DIFFERENTIAL_CASES` | how many programs; without it 250, and a quarter of them for the fuel |
+//! | `KAA_DIFFERENTIAL_CASES` | how many programs, at least 1; without it 250, and a quarter of them for the fuel |
 //! | `KAA_DIFFERENTIAL_SEED` | a number, of what is drawn; without it always the same |
 
 mod common;
@@ -65,12 +65,12 @@ const RAISED_PERCENT: std::ops::RangeInclusive<usize> = 8..=35;
 fn main() -> ExitCode {
     let trials = vec![
         required::trial("cpython", "wasm_does_what_cpython_does", cpython::find, |()| {
-            against_cpython(&wasm(), number(CASES, CASES_DEFAULT), true)
+            against_cpython(&wasm(), cases(), true)
         }),
         required::trial("cpython", "local_does_what_cpython_does", cpython::find, |()| {
             let path = std::env::var("PATH")?;
             let local = LocalBackend::new(LocalOptions { path, ..LocalOptions::default() });
-            against_cpython(&local, CASES_LOCAL.min(number(CASES, CASES_DEFAULT)), false)
+            against_cpython(&local, CASES_LOCAL.min(cases()), false)
         }),
         Trial::test("every_run_is_the_same_to_the_unit_of_fuel", the_same_every_time),
         Trial::test("another_process_spends_the_same_fuel", in_another_process),
@@ -78,13 +78,24 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-fn number(variable: &str, default: u32) -> u32 {
-    let text = std::env::var(variable);
-    text.map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
+/// The number in a variable, if that is there.
+fn number(variable: &str) -> Option<u32> {
+    let text = std::env::var_os(variable)?;
+    let number = text.to_str().and_then(|text| text.parse().ok());
+    Some(number.unwrap_or_else(|| panic!("{variable} is {text:?}, and no number")))
+}
+
+fn cases() -> u32 {
+    let cases = number(CASES).unwrap_or(CASES_DEFAULT);
+    assert!(
+        cases > 0,
+        "{CASES} is 0, but no programs show nothing: take 1 or more, or leave it out"
+    );
+    cases
 }
 
 fn seed() -> Option<u32> {
-    std::env::var_os(SEED).map(|_| number(SEED, 0))
+    number(SEED)
 }
 
 /// The choices of a program: of its cells, of their statements.
@@ -227,7 +238,7 @@ async fn run_in(runtime: &Runtime, image: &Image, cells: &[String]) -> kaa::Resu
 }
 
 fn the_same_every_time() -> Result<(), Failed> {
-    let cases = (number(CASES, CASES_DEFAULT) / 4).max(1);
+    let cases = (cases() / 4).max(1);
     let begun = begun(runtime());
     let stop = Arc::new(AtomicBool::new(false));
     let busy: Vec<_> = (0..2).map(|_| executor().spawn(load(Arc::clone(&stop)))).collect();

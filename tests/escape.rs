@@ -26,6 +26,8 @@ mod objects;
 mod parts;
 #[path = "escape/races.rs"]
 mod races;
+#[path = "escape/sources.rs"]
+mod sources;
 #[path = "escape/tenants.rs"]
 mod tenants;
 #[path = "escape/terminal.rs"]

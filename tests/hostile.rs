@@ -9,6 +9,8 @@ mod panics;
 
 use files::{PAGE, Parts, bystander, check_others, options, suffer, victim};
 use kaa::{EnvironmentOptions, Limits};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value as Json, json};
 
 /// Files of random harm.
@@ -16,24 +18,22 @@ const MUTATIONS: u64 = 300;
 /// Nothing of this size may appear in the host for a file of a megabyte.
 const HOST_BYTES_MAX: u64 = 1 << 30;
 
-/// SplitMix64: the same harm on every run.
-struct Random(u64);
+/// The same harm on every run.
+struct Random(StdRng);
 
 impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+    fn new(seed: u64) -> Self {
+        Self(StdRng::seed_from_u64(seed))
     }
 
     fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
+        self.0.random_range(..end)
     }
 
     fn page(&mut self) -> Vec<u8> {
-        (0..PAGE / 8).flat_map(|_| self.next().to_le_bytes()).collect()
+        let mut page = vec![0; PAGE];
+        self.0.fill(&mut page[..]);
+        page
     }
 }
 
@@ -224,7 +224,7 @@ fn mutate(parts: &mut Parts, random: &mut Random) {
         }
         4 => parts.pages.retain(|_, _| random.below(10) > 0),
         5 => {
-            let (number, bits) = (random.below(16), random.next() >> random.below(64));
+            let (number, bits) = (random.below(16), random.0.random::<u64>() >> random.below(64));
             parts.global(number, bits);
         }
         _ => {
@@ -246,7 +246,7 @@ async fn random_harm_stays_in_the_sandbox() {
     let (good, mut others, mut round) = (victim(directory.path()).await, bystander().await, 0);
     let path = directory.path().join("s");
     for seed in 0..MUTATIONS {
-        let (mut parts, mut random) = (good.clone(), Random(seed));
+        let (mut parts, mut random) = (good.clone(), Random::new(seed));
         for _ in 0..=random.below(3) {
             mutate(&mut parts, &mut random);
         }

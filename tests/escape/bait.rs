@@ -33,12 +33,13 @@ impl Bait {
     pub(crate) fn new() -> Self {
         let host = tempfile::tempdir().unwrap();
         let bait = Self { host };
-        for directory in ["bait/inner", "read/sub", "write/sub"] {
+        for directory in ["bait/inner", "bait/empty", "read/sub", "write/sub"] {
             fs::create_dir_all(bait.at(directory)).unwrap();
         }
         for file in ["secret", "bait/secret", "bait/inner/deeper"] {
             fs::write(bait.at(file), format!("{MARK} {file}")).unwrap();
         }
+        symlink("secret", bait.at("bait/link")).unwrap();
         let host = bait.host.path().to_str().unwrap();
         for mount in ["read", "write"] {
             fs::write(bait.at(mount).join("plain"), "plain").unwrap();

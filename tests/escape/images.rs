@@ -209,12 +209,12 @@ fn a_store_that_others_can_write_is_none() {
     assert!(copied.open().is_err(), "a directory by way of a link");
 }
 
-/// Setup code, and a part of what is said of it; `None`: it makes an image.
+/// Setup code, and words of what is said of it; `None`: it makes an image.
 const SETUPS: &[(&str, &str, Option<&str>)] = &[
     ("raises", "raise ValueError('\\x1b[2J' + 'x' * 10 ** 7)", Some("ValueError")),
-    ("exits", "import os; os._exit(3)", Some("")),
-    ("aborts", "import os; os.abort()", Some("")),
-    ("system exit", "raise SystemExit('gone')", Some("")),
+    ("exits", "import os; os._exit(3)", Some("it exited with 3")),
+    ("aborts", "import os; os.abort()", Some("wasm trap: wasm `unreachable`")),
+    ("system exit", "raise SystemExit('gone')", Some("it ended the interpreter")),
     ("syntax", "x = (", Some("SyntaxError")),
     ("prints", "for n in range(100): print('x' * 10 ** 6)", None),
     ("hostile repr", "class A:\n    def __repr__(self): raise SystemExit\na = A()", None),

@@ -1,7 +1,8 @@
 //! Network, processes, signals: the guest has no such calls, whatever Python has names for.
 
 use std::io::ErrorKind;
-use std::net::{TcpListener, UdpSocket};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use kaa::Outcome;
 use serde_json::Value as Json;
@@ -15,6 +16,7 @@ socket.socket(socket.AF_INET, socket.SOCK_STREAM)
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
 socket.socket(1, socket.SOCK_STREAM)
+socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', DATAGRAMS))
 socket.socketpair()
 socket.create_connection(('127.0.0.1', PORT), 1)
 socket.create_connection(('localhost', PORT), 1)
@@ -35,7 +37,8 @@ xmlrpc.client.ServerProxy(f'http://127.0.0.1:{PORT}').ping()
 socketserver.TCPServer(('127.0.0.1', 0), None)
 http.server.HTTPServer(('127.0.0.1', 0), None)
 logging.handlers.SocketHandler('127.0.0.1', PORT).createSocket() or fail()
-logging.handlers.SysLogHandler(('127.0.0.1', PORT))
+logging.handlers.SysLogHandler(('127.0.0.1', DATAGRAMS)).emit(logging.makeLogRecord({'msg': 'x'})) or fail()
+logging.handlers.DatagramHandler('127.0.0.1', DATAGRAMS).send(b'x') or fail()
 asyncio.run(asyncio.open_connection('127.0.0.1', PORT))
 asyncio.run(asyncio.start_server(print, '127.0.0.1', 0))
 asyncio.run(asyncio.open_unix_connection('/tmp/x'))
@@ -56,6 +59,7 @@ os.kill(1, 0)
 os.kill(-1, 9)
 os.killpg(0, 9)
 os.pipe()
+os.pipe2(0)
 os.mkfifo('/tmp/fifo')
 os.mknod('/tmp/node')
 os.chroot('/tmp')
@@ -86,14 +90,15 @@ async fn nothing_reaches_a_port_or_a_process() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
-    let datagrams = UdpSocket::bind(("127.0.0.1", port)).unwrap();
+    let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
     datagrams.set_nonblocking(true).unwrap();
+    let datagrams_port = datagrams.local_addr().unwrap().port();
     let mut session = session();
     let code = format!(
         r#"
 import importlib, json, warnings
 warnings.simplefilter('ignore')
-PORT, reached, how, names = {port}, [], {{}}, {{}}
+PORT, DATAGRAMS, reached, how = {port}, {datagrams_port}, [], {{}}
 def fail(): raise OSError('it said so itself')
 def fill(source):
     # The modules that the expression names, as far as there are any.
@@ -122,6 +127,14 @@ print(json.dumps([reached, how]))"#
     let nobody = listener.accept().unwrap_err().kind();
     let nothing = datagrams.recv(&mut [0; 8]).unwrap_err().kind();
     assert_eq!((nobody, nothing), (ErrorKind::WouldBlock, ErrorKind::WouldBlock));
+    // Whoever has a way does come through, and is seen.
+    TcpStream::connect(("127.0.0.1", port)).unwrap();
+    datagrams.send_to(b"x", ("127.0.0.1", datagrams_port)).unwrap();
+    listener.set_nonblocking(false).unwrap();
+    datagrams.set_nonblocking(false).unwrap();
+    datagrams.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    listener.accept().unwrap();
+    assert_eq!(datagrams.recv(&mut [0; 8]).unwrap(), 1);
 }
 
 /// What is said of sockets on the descriptors that there are: files are none.

@@ -12,12 +12,15 @@ use super::common::{image, store_root};
 /// direction of writing, and the same in one byte (C1) and in no encoding.
 const ORDERS: &str = r"'\x1b[2J\x1b[31mred\x1b]0;title\x07\x1b]52;c;AAAA\x1b\\ \x9b2J\x9d0;t\x9c\x90q\x9c a\rb\x08\x7f\x0b\x0c\x0e\x0f\x05\x85 \u202eright\u2066\u2069\u200f\u2028x\u061c'";
 
-/// Runs a command on a terminal, and copies what it writes there.
-const ON_TERMINAL: &str = "import os, pty, sys
+/// Runs a command on a terminal, and copies what it writes there. One that doesn't end loses its terminal,
+/// and its runner dies of the alarm.
+const ON_TERMINAL: &str = "import os, pty, signal, sys
+signal.alarm(120)
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:], lambda fd: os.read(fd, 65536), lambda fd: b'')))";
 
-/// Types lines, each when nothing more comes.
-const TYPED: &str = r"import os, pty, select, sys
+/// Types lines, each when nothing more comes; the alarm is as above.
+const TYPED: &str = r"import os, pty, select, signal, sys
+signal.alarm(120)
 lines = sys.stdin.read().splitlines()
 pid, fd = pty.fork()
 if pid == 0:
@@ -32,7 +35,7 @@ while True:
     except OSError:
         break
     sys.stdout.buffer.write(part)
-sys.stdout.buffer.flush()
+    sys.stdout.buffer.flush()
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))";
 
 /// Name, and a cell that says the orders in its own way.
@@ -110,6 +113,7 @@ fn a_terminal_gets_no_orders_from_a_cell() {
         }
         // It is said, only not obeyed; an exit's text is nobody's output.
         assert!(!output.stdout.is_empty(), "{name}: {output:?}");
+        assert!(output.status.code().is_some(), "{name} doesn't end: {output:?}");
     }
     // What files say about themselves.
     for args in [
@@ -124,6 +128,7 @@ fn a_terminal_gets_no_orders_from_a_cell() {
             wrong.push(format!("{args:?}: {order}"));
         }
         assert!(!output.stdout.is_empty(), "{args:?}");
+        assert!(output.status.code().is_some(), "{args:?} doesn't end: {output:?}");
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
     let seen = kaa(directory.path(), &terminal, &["run", "-c", &cell("print(ORDERS)")]);
@@ -151,7 +156,7 @@ fn a_terminal_gets_no_orders_from_a_session_that_is_typed_into() {
     let launcher = ["python3", "-c", TYPED];
     let output = program(directory.path(), &launcher, &["repl"]).stdin(typed).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{text}");
+    assert!(output.status.success(), "{}: {text}", output.status);
     for order in
         ["\x1b[31m", "\x1b[2J", "\x1b]", "\x05", "\x0e", "\u{9b}", "\u{9d}", "\u{202e}", "\u{2028}"]
     {
