@@ -126,7 +126,7 @@ async fn who_fails_or_hangs_at_one_thing_is_asked_for_the_others() {
         "| `elsewhere` | not measured: it costs money | – | – |",
         "- `fails` at `cell`: it can't",
         "- `hangs` at `cell`: it took longer than 3 min",
-        "| median (10th–90th percentile) | `well` | `fails` | `hangs` |",
+        "| median (10th–90th percentile; of few samples all) | `well` | `fails` | `hangs` |",
     ] {
         assert!(markdown.lines().any(|found| found == line), "{line}\n{markdown}");
     }
