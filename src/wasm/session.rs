@@ -153,12 +153,7 @@ impl Session {
             return;
         }
         start.ended().push(self);
-        runtime.spawn(async move {
-            let ended = start.ended().pop();
-            if let Some(session) = ended {
-                session.recycle();
-            }
-        });
+        runtime.spawn(async move { start.recycle_ended(|_| true) });
     }
 
     /// Ends the session and keeps its slot for another, if its memory can be made the image again:

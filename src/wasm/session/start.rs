@@ -83,36 +83,34 @@ impl Start {
     /// A slot to use again for a memory of this size. Preparing one that has just been given back takes
     /// a tenth of what a new one costs; one of another tenant comes without its resident pages.
     pub(super) fn take_idle(&self, bytes: usize, owner: &Owner) -> Option<Idle> {
-        let own = || self.find_idle(bytes, |idle| idle.owner.is(owner));
-        own()
-            .or_else(|| {
-                self.recycle_ended(|ended| ended.owner.is(owner));
-                own()
-            })
-            .or_else(|| {
-                let any = || self.find_idle(bytes, |_| true);
-                let idle = any().or_else(|| {
-                    self.recycle_ended(|_| true);
-                    any()
-                })?;
-                if idle.owner.is(owner) { Some(idle) } else { idle.forget(&self.memory) }
-            })
+        self.find_idle(bytes, |whose| whose.is(owner)).or_else(|| {
+            let idle = self.find_idle(bytes, |_| true)?;
+            if idle.owner.is(owner) { Some(idle) } else { idle.forget(&self.memory) }
+        })
     }
 
-    fn find_idle(&self, bytes: usize, is_good: impl Fn(&Idle) -> bool) -> Option<Idle> {
-        let mut idle = self.idle();
-        let of_size =
-            |bytes: usize| idle.iter().rposition(|idle| idle.bytes == bytes && is_good(idle));
-        // A smaller memory grows, a larger one is of no use.
-        let at = of_size(bytes).or_else(|| of_size(self.memory.bytes()))?;
-        Some(idle.remove(at))
+    /// One of these owners, also one that is not ready yet.
+    fn find_idle(&self, bytes: usize, is_good: impl Fn(&Owner) -> bool) -> Option<Idle> {
+        let find = || {
+            let mut idle = self.idle();
+            let of_size = |bytes: usize| {
+                idle.iter().rposition(|idle| idle.bytes == bytes && is_good(&idle.owner))
+            };
+            // A smaller memory grows, a larger one is of no use.
+            let at = of_size(bytes).or_else(|| of_size(self.memory.bytes()))?;
+            Some(idle.remove(at))
+        };
+        find().or_else(|| {
+            self.recycle_ended(&is_good);
+            find()
+        })
     }
 
-    /// Prepares the slot of one such session, if there is one.
-    fn recycle_ended(&self, is_good: impl Fn(&Session) -> bool) {
+    /// Prepares the slot of a session of one of these owners, if there is one.
+    pub(super) fn recycle_ended(&self, is_good: impl Fn(&Owner) -> bool) {
         let ended = {
             let mut ended = self.ended();
-            ended.iter().rposition(is_good).map(|at| ended.remove(at))
+            ended.iter().rposition(|ended| is_good(&ended.owner)).map(|at| ended.remove(at))
         };
         if let Some(ended) = ended {
             ended.recycle();
